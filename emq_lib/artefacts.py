@@ -1,0 +1,134 @@
+"""Files of a study under ``data/<profile>/``: where they are, atomic writing, and the manifest that vouches for them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from emq_lib.errors import CorruptArtefactError, MissingArtefactError
+from emq_lib.profiles import Profile
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+_RECORDED_PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pandas", "pyarrow", "safetensors")
+
+
+def study_folder(profile: Profile) -> pathlib.Path:
+    """Return the profile's folder: under ``data/``, or under the folder that ``EMQ_STUDY_ROOT`` names."""
+    root = os.environ.get("EMQ_STUDY_ROOT")
+    return (pathlib.Path(root) if root else REPOSITORY / "data") / profile.name
+
+
+@contextlib.contextmanager
+def atomic_path(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield a temporary path beside `path` that replaces it on success; on an error `path` stays as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256(path: pathlib.Path) -> str:
+    """Return the hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(profile: Profile) -> dict[str, dict]:
+    """Return the study's manifest: file name -> provenance. A study without one gives an empty dictionary.
+
+    Raises:
+        CorruptArtefactError: the manifest is not valid JSON.
+    """
+    path = study_folder(profile) / "manifest.json"
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise CorruptArtefactError(f"{path} is not valid JSON ({error}). Restore it, or rebuild with REBUILD=True.") from error
+
+
+def record(
+    profile: Profile, filename: str, *, command: str, seconds: float, rows: int | None = None, note: str = ""
+) -> None:
+    """Enter a file that was just written into the study's manifest.
+
+    Args:
+        profile: the study.
+        filename: name inside the study's folder.
+        command: what a reader calls to make the file again.
+        seconds: wall time it took.
+        rows: number of rows, for tables.
+        note: anything a reader of the card must know.
+    """
+    folder = study_folder(profile)
+    manifest = read_manifest(profile)
+    manifest[filename] = {
+        "sha256": sha256(folder / filename),
+        "rows": rows,
+        "command": command,
+        "seed": profile.seed,
+        "commit": _commit(),
+        "versions": {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES},
+        "python": platform.python_version(),
+        "device": _device(),
+        "seconds": round(seconds, 1),
+        "note": note,
+    }
+    with atomic_path(folder / "manifest.json") as path:
+        path.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+
+
+def checked_path(profile: Profile, filename: str) -> pathlib.Path:
+    """Return the path of a study's file after comparing it with the manifest.
+
+    Raises:
+        MissingArtefactError: the file or its manifest entry is absent.
+        CorruptArtefactError: the file is not the one that the manifest describes.
+    """
+    path = study_folder(profile) / filename
+    remedy = f"Restore it, or make it again: run the chapters on {profile.name!r} with REBUILD=True."
+    if not path.is_file():
+        raise MissingArtefactError(f"{path} does not exist. {remedy}")
+    entry = read_manifest(profile).get(filename)
+    if entry is None:
+        raise MissingArtefactError(f"{path} is not in the study's manifest.json, so nothing vouches for it. {remedy}")
+    if sha256(path) != entry["sha256"]:
+        raise CorruptArtefactError(f"{path} does not match the SHA-256 in manifest.json: truncated or altered. {remedy}")
+    return path
+
+
+def to_json(value: object) -> str:
+    """Return compact JSON text of numbers, texts, tuples and dictionaries, NumPy scalars included, keys in order."""
+    return json.dumps(value, sort_keys=True, default=lambda item: item.item() if isinstance(item, np.generic) else list(item))
+
+
+def _commit() -> str:
+    """Return the commit of the working tree, with "+changes" if it differs; "unknown" outside a checkout."""
+    try:
+        run = {"cwd": REPOSITORY, "capture_output": True, "text": True, "check": True}
+        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--", "emq_lib"], **run).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("+changes" if changed else "")
+
+
+def _device() -> str:
+    """Describe the processor or the accelerator in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"

@@ -1,0 +1,172 @@
+"""Images as uint8 tensors, in one canonical order, with the fixed splits of a profile.
+
+Every source of the same images (torchvision's batches, an ImageFolder tree, an npz file) lists them in another order.
+They are therefore sorted by a hash of their pixels: the splits depend on the images alone, and a digest over the
+sorted hashes says whether two machines hold the same images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from emq_lib.errors import DatasetMismatchError, DatasetNotFoundError
+from emq_lib.profiles import Profile
+
+CIFAR10_DIGEST = "3ef2f9db288a8f54943411ef64a5b5cbe16686916bac3fcd64e24c0ef4a131f8"
+_CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+@dataclass(frozen=True)
+class Split:
+    """A set of images with what turns them into network inputs.
+
+    Attributes:
+        images: uint8, shape (N, C, H, W).
+        labels: int64, shape (N,).
+        mean: per-channel mean of the training images, scaled to 0..1, shape (C,).
+        std: per-channel standard deviation, likewise.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.images)
+
+    def __getitem__(self, index: slice | torch.Tensor) -> Split:
+        """Return the images that a slice or an index tensor selects."""
+        return Split(self.images[index], self.labels[index], self.mean, self.std)
+
+    def inputs(self) -> torch.Tensor:
+        """Return normalized float32 inputs in channels-last memory, shape (N, C, H, W)."""
+        shape = (1, -1, 1, 1)
+        scaled = self.images.to(torch.float32).div_(255).sub_(self.mean.view(shape)).div_(self.std.view(shape))
+        return scaled.contiguous(memory_format=torch.channels_last)
+
+    def to(self, device: torch.device | str) -> Split:
+        """Return the split on another device."""
+        return Split(*(tensor.to(device) for tensor in (self.images, self.labels, self.mean, self.std)))
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """The fixed splits of a study; `calibration` is a part of `train`, `digest` identifies the images."""
+
+    train: Split
+    validation: Split
+    calibration: Split
+    test: Split
+    digest: str
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return int(self.train.labels.max()) + 1
+
+
+def load_dataset(profile: Profile) -> ImageData:
+    """Load a profile's images and cut them into its fixed splits.
+
+    Digits ship with scikit-learn. CIFAR-10 is looked for under the folder that the environment variable
+    ``EMQ_DATA_ROOT`` names, as ``cifar10.npz``, as torchvision's ``cifar-10-batches-py`` or as an ImageFolder tree
+    ``train/<class>/*.png`` and ``test/<class>/*.png``.
+
+    Raises:
+        DatasetNotFoundError: no images where they are looked for.
+        DatasetMismatchError: the images found are not CIFAR-10.
+    """
+    arrays = {"digits": _digits, "cifar10": _cifar10}[profile.dataset]()
+    (train_images, train_labels, train_hashes) = _sorted_by_content(*arrays["train"])
+    (test_images, test_labels, test_hashes) = _sorted_by_content(*arrays["test"])
+    digest = hashlib.sha256(b"".join(train_hashes + test_hashes)).hexdigest()
+    if profile.dataset == "cifar10" and digest != CIFAR10_DIGEST:
+        raise DatasetMismatchError(
+            f"The images under EMQ_DATA_ROOT are not CIFAR-10 (digest {digest[:12]}, expected {CIFAR10_DIGEST[:12]}). "
+            "Unpack or download them again."
+        )
+    held = profile.validation_images
+    scaled = train_images[held:].to(torch.float64) / 255
+    mean, std = (statistic(scaled, dim=(0, 2, 3)).float() for statistic in (torch.mean, torch.std))
+    train = Split(train_images[held:], train_labels[held:], mean, std)
+    return ImageData(
+        train=train,
+        validation=Split(train_images[:held], train_labels[:held], mean, std),
+        calibration=train[: profile.calibration_images],
+        test=Split(test_images, test_labels, mean, std),
+        digest=digest,
+    )
+
+
+def _sorted_by_content(images: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, list[bytes]]:
+    """Sort images (N, H, W, C) and labels by a hash of pixels and label; return tensors (N, C, H, W), (N,), hashes."""
+    labels = np.asarray(labels, dtype=np.int64)
+    hashes = [
+        hashlib.blake2b(image.tobytes() + bytes([label]), digest_size=16).digest()
+        for image, label in zip(np.ascontiguousarray(images), labels, strict=True)
+    ]
+    order = sorted(range(len(hashes)), key=hashes.__getitem__)
+    tensor = torch.from_numpy(np.ascontiguousarray(images[order].transpose(0, 3, 1, 2)))
+    return tensor, torch.from_numpy(labels[order]), [hashes[i] for i in order]
+
+
+def _digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return scikit-learn's 1,797 digits, upsampled from 8 x 8 to 16 x 16 grey levels; every third is a test image."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    small = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
+    large = torch.nn.functional.interpolate(small, scale_factor=2, mode="bilinear")
+    images = large.round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    test = np.arange(len(images)) % 3 == 0
+    return {"train": (images[~test], digits.target[~test]), "test": (images[test], digits.target[test])}
+
+
+def _cifar10() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return CIFAR-10 from the first layout found under EMQ_DATA_ROOT."""
+    root = pathlib.Path(os.environ.get("EMQ_DATA_ROOT", ""))
+    if os.environ.get("EMQ_DATA_ROOT") and root.is_dir():
+        if (root / "cifar10.npz").is_file():
+            with np.load(root / "cifar10.npz", allow_pickle=False) as arrays:
+                return {split: (arrays[f"x_{split}"], arrays[f"y_{split}"]) for split in ("train", "test")}
+        if (root / "cifar-10-batches-py").is_dir():
+            return {split: _torchvision_batches(root, split) for split in ("train", "test")}
+        if (root / "train").is_dir() and (root / "test").is_dir():
+            return {split: _image_folder(root / split) for split in ("train", "test")}
+    raise DatasetNotFoundError(
+        "This step measures real CIFAR-10 images and found none "
+        f"(EMQ_DATA_ROOT={os.environ.get('EMQ_DATA_ROOT') or 'is not set'}). Set EMQ_DATA_ROOT to a folder that holds "
+        "cifar10.npz, cifar-10-batches-py or train/ and test/ with one folder of PNG files per class. "
+        "torchvision.datasets.CIFAR10(root, download=True) makes the second. Reading the published study needs no images: "
+        "run with REBUILD=False."
+    )
+
+
+def _torchvision_batches(root: pathlib.Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return images and labels of torchvision's CIFAR10 layout (its checksums guard the pickled batches)."""
+    from torchvision.datasets import CIFAR10
+
+    dataset = CIFAR10(str(root), train=split == "train")
+    return dataset.data, np.asarray(dataset.targets)
+
+
+def _image_folder(folder: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return images and labels of an ImageFolder tree whose folders are the ten class names."""
+    from torchvision.datasets import ImageFolder
+
+    try:
+        dataset = ImageFolder(str(folder))
+    except FileNotFoundError as error:
+        raise DatasetNotFoundError(f"{folder}: {error}") from error
+    if tuple(dataset.classes) != _CIFAR10_CLASSES:
+        raise DatasetMismatchError(f"{folder}: expected the class folders {_CIFAR10_CLASSES}, got {dataset.classes}.")
+    images = np.stack([np.asarray(dataset.loader(path)) for path, _ in dataset.samples])
+    return images, np.asarray(dataset.targets)

@@ -1,0 +1,65 @@
+"""Named errors: each says what is wrong and what to do about it."""
+
+
+class EMQError(Exception):
+    """Base of every error that this library raises on purpose."""
+
+
+class UnknownProfileError(EMQError, KeyError):
+    """A profile name that is not registered."""
+
+    def __str__(self) -> str:
+        """Return the message as written (``KeyError`` would print it in quotes)."""
+        return self.args[0]
+
+
+class InvalidParameterError(EMQError, ValueError):
+    """A chapter parameter or function argument outside its documented range."""
+
+
+class DatasetNotFoundError(EMQError, FileNotFoundError):
+    """The images that a step needs are not on this machine."""
+
+
+class DatasetMismatchError(EMQError, ValueError):
+    """Images were found, but they are not the ones that the study was measured on."""
+
+
+class UnsupportedModelError(EMQError, ValueError):
+    """A network whose layers cannot be quantized as they stand."""
+
+
+class MissingArtefactError(EMQError, FileNotFoundError):
+    """A file of a study is absent."""
+
+
+class CorruptArtefactError(EMQError, ValueError):
+    """A file of a study is truncated, altered or does not match its manifest."""
+
+
+class InvalidBitsError(EMQError, ValueError):
+    """A bit width outside the profile's choices."""
+
+
+class ConfigLengthError(EMQError, ValueError):
+    """A configuration whose length differs from the number of searchable layers."""
+
+
+class ConfigNotFoundError(EMQError, LookupError):
+    """A configuration that was not measured."""
+
+
+class InvalidScoreError(EMQError, ValueError):
+    """A proxy that returned NaN, infinity, a constant or the wrong shape."""
+
+
+class InfeasibleBudgetError(EMQError, ValueError):
+    """A budget below the smallest network that the choices can reach."""
+
+
+class GenotypeSyntaxError(EMQError, ValueError):
+    """A text that is not a genotype."""
+
+
+class ClaimError(EMQError, AssertionError):
+    """A stated number that the computation does not support."""

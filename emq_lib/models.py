@@ -1,0 +1,195 @@
+"""Networks by name, checkpoints, the ordered table of quantizable layers, batch-norm folding, and prediction."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx.experimental.optimization import fuse
+
+from emq_lib.datasets import Split
+from emq_lib.errors import CorruptArtefactError, InvalidParameterError, UnsupportedModelError
+from emq_lib.profiles import Profile
+
+
+class _Block(nn.Module):
+    """Two 3x3 convolutions and a parameter-free shortcut (option A of He et al. 2016: subsample, pad with zeros)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.stride, self.extra = stride, (out_channels - in_channels) // 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.stride > 1:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.extra, self.extra))
+        return F.relu(out + x)
+
+
+class CifarResNet(nn.Module):
+    """The residual network for small images of He et al. 2016, section 4.2: 6n + 2 layers in three stages.
+
+    Args:
+        depth: 6n + 2.
+        in_channels: 3 for colour, 1 for grey images.
+        classes: number of outputs.
+        width: channels of the first stage; later stages double it.
+    """
+
+    def __init__(self, depth: int, *, in_channels: int = 3, classes: int = 10, width: int = 16) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        channels = width
+        for stage, stride in enumerate((1, 2, 2), start=1):
+            blocks = []
+            for index in range((depth - 2) // 6):
+                out_channels = width * 2 ** (stage - 1)
+                blocks.append(_Block(channels, out_channels, stride if index == 0 else 1))
+                channels = out_channels
+            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+        self.fc = nn.Linear(channels, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits (N, classes) of inputs (N, C, H, W)."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "resnet8": lambda: CifarResNet(8, in_channels=1, width=8),
+    "resnet20": lambda: CifarResNet(20),
+}
+INPUT_SHAPES: dict[str, tuple[int, int, int]] = {"digits": (1, 16, 16), "cifar10": (3, 32, 32)}
+
+
+def build_model(profile: Profile) -> nn.Module:
+    """Return the profile's network with fresh random weights, drawn from the profile's seed."""
+    if profile.model not in MODELS:
+        raise InvalidParameterError(
+            f"profile {profile.name!r} names the model {profile.model!r}; known models: {', '.join(sorted(MODELS))}."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(profile.rng("init").integers(2**62)))
+        return MODELS[profile.model]().to(memory_format=torch.channels_last)
+
+
+def load_checkpoint(profile: Profile, path: pathlib.Path) -> nn.Module:
+    """Return the profile's trained network in evaluation mode.
+
+    Raises:
+        CorruptArtefactError: the file is truncated, or holds other tensors than the network's.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    model = build_model(profile)
+    try:
+        model.load_state_dict(load_file(str(path)))
+    except (SafetensorError, RuntimeError) as error:
+        raise CorruptArtefactError(
+            f"{path} is not a checkpoint of {profile.model!r} ({error}). Restore the file, or train it again with REBUILD=True."
+        ) from error
+    return model.eval()
+
+
+def fold_batchnorm(model: nn.Module) -> torch.fx.GraphModule:
+    """Return a traced copy in evaluation mode whose convolutions carry the batch norms' scale and shift.
+
+    The folded network computes the same function; its layers keep their names. Folding multiplies each output channel
+    of a weight by a constant, so per-channel quantization is unaffected by it.
+    """
+    return fuse(model.eval())
+
+
+def layer_table(model: nn.Module, profile: Profile) -> pd.DataFrame:
+    """Return one row per quantizable layer in forward order.
+
+    Args:
+        model: the network, batch norm folded (so that biases are what the packed file holds).
+        profile: gives the input shape and the pinned layers.
+
+    Returns:
+        Columns name, kind ("Conv2d" or "Linear"), shape (text), parameters (weights), channels (outputs), biases, macs
+        (multiply-accumulates for one image), searchable, slot (position in a configuration, -1 if pinned), pinned_bits.
+
+    Raises:
+        UnsupportedModelError: a layer that runs twice in one pass, a grouped weight shared by name, or a pinned layer
+            that the network does not have.
+    """
+    calls: list[tuple[str, nn.Module, int]] = []
+
+    def record(name: str) -> Callable:
+        def hook(module: nn.Module, _inputs: tuple, output: torch.Tensor) -> None:
+            positions = output[0, 0].numel() if isinstance(module, nn.Conv2d) else output[0].numel() // output.shape[-1]
+            calls.append((name, module, positions * module.weight.numel()))
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(record(name))
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Conv2d, nn.Linear))
+    ]
+    try:
+        reference = next(model.parameters())
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, *INPUT_SHAPES[profile.dataset], device=reference.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    names = [name for name, _, _ in calls]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise UnsupportedModelError(f"Layers {repeated} run more than once in a forward pass; give each use its own layer.")
+    pinned = dict(profile.pinned)
+    if unknown := sorted(set(pinned) - set(names)):
+        raise UnsupportedModelError(f"profile {profile.name!r} pins {unknown}, but the network has the layers {names}.")
+    rows, slot = [], 0
+    for name, module, macs in calls:
+        searchable = name not in pinned
+        rows.append(
+            {
+                "name": name,
+                "kind": type(module).__name__,
+                "shape": "x".join(map(str, module.weight.shape)),
+                "parameters": module.weight.numel(),
+                "channels": module.weight.shape[0],
+                "biases": 0 if module.bias is None else module.bias.numel(),
+                "macs": macs,
+                "searchable": searchable,
+                "slot": slot if searchable else -1,
+                "pinned_bits": pinned.get(name, 0),
+            }
+        )
+        slot += searchable
+    return pd.DataFrame(rows)
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, split: Split, *, batch_size: int = 250) -> torch.Tensor:
+    """Return float32 logits (N, classes) of every image of a split, in its order."""
+    starts = range(0, len(split), batch_size)
+    return torch.cat([model(split[start : start + batch_size].inputs()).float() for start in starts])
+
+
+def top1(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Return the top-1 accuracy in percent, 0 to 100.
+
+    >>> top1(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]))
+    50.0
+    """
+    return 100 * (logits.argmax(dim=1) == labels).double().mean().item()

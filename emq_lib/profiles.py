@@ -1,0 +1,146 @@
+"""Profiles: the frozen description of one study, and the registry of them.
+
+A profile is data. Adding a study is adding one entry with :func:`register`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from emq_lib.errors import InvalidBitsError, UnknownProfileError
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """How a checkpoint is trained: SGD with Nesterov momentum under a one-cycle schedule."""
+
+    epochs: int
+    batch_size: int = 128
+    max_lr: float = 0.4
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    crop_padding: int = 4
+    flip: bool = True
+    precision: str = "bfloat16"
+
+
+@dataclass(frozen=True)
+class EvolutionBudget:
+    """How long the evolutionary search runs, and from how many parents."""
+
+    population: int = 50
+    iterations: int = 1_000
+    seeds: int = 10
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One study: a network, its images, the bits it may use, and what is spent on it.
+
+    Args:
+        name: key in the registry and folder under ``data/``.
+        dataset: ``"digits"`` or ``"cifar10"`` (see :mod:`emq_lib.datasets`).
+        model: name of the network (see :mod:`emq_lib.models`).
+        training: recipe of the float checkpoint.
+        choices: bit widths that a searchable layer may take.
+        pinned: (layer name, bits) of the layers outside the search.
+        activation_bits: width of every quantized layer's input.
+        quantizer: how weights are rounded; ``"rtn"`` is rounding to nearest.
+        seed: root of every random stream of the study.
+        validation_images: training images set aside to choose the epoch.
+        calibration_images: training images that statistics and ranges may see.
+        bench_configs: distinct random configurations in the bench, uniform ones not counted.
+        budgets: average bits at which configurations are allocated.
+        evolution: budget of the evolutionary search.
+    """
+
+    name: str
+    dataset: str
+    model: str
+    training: TrainingRecipe
+    choices: tuple[int, ...] = (2, 3, 4)
+    pinned: tuple[tuple[str, int], ...] = (("conv1", 8), ("fc", 8))
+    activation_bits: int = 8
+    quantizer: str = "rtn"
+    seed: int = 0
+    validation_images: int = 5_000
+    calibration_images: int = 1_024
+    bench_configs: int = 425
+    budgets: tuple[float, ...] = (2.25, 2.5, 3.0, 3.5)
+    evolution: EvolutionBudget = field(default_factory=EvolutionBudget)
+
+    def __post_init__(self) -> None:
+        """Check the bit widths.
+
+        Raises:
+            InvalidBitsError: a width outside 1 to 8, or choices that are not increasing.
+        """
+        widths = (*self.choices, *(bits for _, bits in self.pinned), self.activation_bits)
+        if not self.choices or any(not 1 <= bits <= 8 for bits in widths):
+            raise InvalidBitsError(f"profile {self.name!r}: bit widths must lie in 1 to 8, got {widths}.")
+        if list(self.choices) != sorted(set(self.choices)):
+            raise InvalidBitsError(f"profile {self.name!r}: choices must increase, got {self.choices}.")
+
+    def rng(self, stage: str) -> np.random.Generator:
+        """Return the random stream of one stage, independent of every other stage's.
+
+        >>> profile = get_profile("digits-resnet8")
+        >>> bool(profile.rng("bench").random() == profile.rng("bench").random())
+        True
+        """
+        return np.random.default_rng([self.seed, zlib.crc32(stage.encode())])
+
+    def generator(self, stage: str) -> torch.Generator:
+        """Return the same stream as a torch generator on the CPU."""
+        return torch.Generator().manual_seed(int(self.rng(stage).integers(2**62)))
+
+
+_REGISTRY: dict[str, Profile] = {}
+
+
+def register(profile: Profile) -> Profile:
+    """Add a profile to the registry (or replace the one of the same name) and return it."""
+    _REGISTRY[profile.name] = profile
+    return profile
+
+
+def get_profile(name: str) -> Profile:
+    """Return the profile of that name.
+
+    Raises:
+        UnknownProfileError: no such profile; the message lists those there are.
+    """
+    if name not in _REGISTRY:
+        known = ", ".join(sorted(_REGISTRY))
+        raise UnknownProfileError(
+            f"Unknown profile {name!r}. Known profiles: {known}. Add your own with emq_lib.profiles.register(Profile(...))."
+        )
+    return _REGISTRY[name]
+
+
+register(
+    Profile(
+        name="digits-resnet8",
+        dataset="digits",
+        model="resnet8",
+        training=TrainingRecipe(
+            epochs=12, batch_size=64, max_lr=0.2, crop_padding=1, flip=False, precision="float32"
+        ),
+        validation_images=198,
+        calibration_images=256,
+        bench_configs=120,
+        evolution=EvolutionBudget(population=30, iterations=300, seeds=3),
+    )
+)
+register(
+    Profile(
+        name="cifar10-resnet20",
+        dataset="cifar10",
+        model="resnet20",
+        training=TrainingRecipe(epochs=40, max_lr=0.2),
+    )
+)

@@ -1,0 +1,174 @@
+"""The training loop behind the checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+from tqdm.auto import tqdm
+
+from emq_lib.artefacts import atomic_path, record, study_folder, to_json
+from emq_lib.datasets import ImageData, Split
+from emq_lib.errors import CorruptArtefactError
+from emq_lib.models import build_model, predict, top1
+from emq_lib.profiles import Profile, TrainingRecipe
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """A trained network, the epoch it is from (counted from 1), validation top-1 by epoch, and the wall time."""
+
+    model: nn.Module
+    epoch: int
+    validation_top1: tuple[float, ...]
+    seconds: float
+
+
+def train(profile: Profile, data: ImageData, *, resume: pathlib.Path | None = None) -> TrainingResult:
+    """Train the profile's network and return the weights of the epoch that is best on the validation images.
+
+    The test images are not looked at. Explained in chapter 01.
+
+    Args:
+        profile: names the network, the recipe and the seed.
+        data: the splits; `train` is learned from, `validation` chooses the epoch.
+        resume: file that takes the state after every epoch. If it exists, training goes on from there; it is removed
+            when training is complete.
+
+    Raises:
+        CorruptArtefactError: the resume file is unreadable or belongs to another profile.
+    """
+    recipe, steps = profile.training, -(-len(data.train) // profile.training.batch_size)
+    model, generator = build_model(profile), profile.generator("training")
+    optimizer = torch.optim.SGD(
+        _parameter_groups(model, recipe.weight_decay), lr=recipe.max_lr, momentum=recipe.momentum, nesterov=True
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe.max_lr, total_steps=recipe.epochs * steps, cycle_momentum=False
+    )
+    stateful = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    history, seconds = [], 0.0
+    best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if resume is not None and resume.exists():
+        state = _load_resume(resume, profile)
+        for name, part in stateful.items():
+            part.load_state_dict(state[name])
+        generator.set_state(state["generator"])
+        history, best, seconds = state["history"], state["best"], state["seconds"]
+    for epoch in tqdm(range(len(history), recipe.epochs), initial=len(history), total=recipe.epochs, desc="epochs"):
+        started = time.perf_counter()
+        _train_epoch(model.train(), data.train, recipe, optimizer, schedule, generator=generator)
+        history.append(top1(predict(model.eval(), data.validation), data.validation.labels))
+        if history[-1] >= max(history):
+            best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        seconds += time.perf_counter() - started
+        if resume is not None:
+            parts = {name: part.state_dict() for name, part in stateful.items()}
+            with atomic_path(resume) as path:
+                extra = {"profile": repr(profile), "generator": generator.get_state(), "history": history, "best": best}
+                extra |= {"seconds": seconds}
+                torch.save(parts | extra, path)
+    model.load_state_dict(best)
+    if resume is not None:
+        resume.unlink(missing_ok=True)
+    epoch = len(history) - history[::-1].index(max(history))
+    return TrainingResult(model.eval(), epoch, tuple(history), seconds)
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Decay weights; leave batch norms and biases alone."""
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    free = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+
+
+def _load_resume(path: pathlib.Path, profile: Profile) -> dict:
+    try:
+        state = torch.load(path, weights_only=True)
+    except (RuntimeError, EOFError, OSError) as error:
+        raise CorruptArtefactError(f"{path} cannot be read ({error}). Delete it to train from the start.") from error
+    if state["profile"] != repr(profile):
+        raise CorruptArtefactError(f"{path} belongs to another version of {profile.name!r}. Delete it to train from the start.")
+    return state
+
+
+def _train_epoch(
+    model: nn.Module,
+    split: Split,
+    recipe: TrainingRecipe,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    *,
+    generator: torch.Generator,
+) -> None:
+    """Pass once over the training images in random order, augmented."""
+    device = split.images.device
+    low_precision = recipe.precision == "bfloat16"
+    for indices in torch.randperm(len(split), generator=generator).split(recipe.batch_size):
+        batch = augment(split[indices.to(device)], padding=recipe.crop_padding, flip=recipe.flip, generator=generator)
+        context = torch.autocast(device.type, torch.bfloat16) if low_precision else contextlib.nullcontext()
+        with context:
+            loss = F.cross_entropy(model(batch.inputs()).float(), batch.labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+def augment(split: Split, *, padding: int, flip: bool, generator: torch.Generator) -> Split:
+    """Return randomly shifted (zero padding, then crop) and mirrored copies of a batch of images.
+
+    Args:
+        split: the batch; its labels are kept.
+        padding: largest shift in pixels.
+        flip: whether half of the images are mirrored.
+        generator: source of randomness, on the CPU.
+    """
+    images = split.images
+    count, _, height, width = images.shape
+    rows, columns = (
+        torch.randint(2 * padding + 1, (2, count), generator=generator).to(images.device)[:, :, None]
+        + torch.arange(max(height, width), device=images.device)
+    ).unbind()
+    columns = columns[:, :width]
+    if flip:
+        mirrored = (torch.rand(count, generator=generator) < 0.5).to(images.device)
+        columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    padded = F.pad(images, (padding,) * 4).permute(0, 2, 3, 1)
+    index = torch.arange(count, device=images.device)[:, None, None]
+    shifted = padded[index, rows[:, :height, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return Split(shifted, split.labels, split.mean, split.std)
+
+
+def build_checkpoint(profile: Profile, data: ImageData) -> None:
+    """Train the profile's network, measure it once on the test images, and write ``model.safetensors``.
+
+    Interrupted at any moment, the same call goes on from the last finished epoch. Metadata in the file: the epoch, the
+    validation accuracy of every epoch, and the test accuracy.
+    """
+    folder = study_folder(profile)
+    result = train(profile, data, resume=folder / "training.resume")
+    facts = {
+        "epoch": result.epoch,
+        "validation_top1": result.validation_top1,
+        "top1": top1(predict(result.model, data.test), data.test.labels),
+        "images": data.digest,
+    }
+    with atomic_path(folder / "model.safetensors") as path:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in result.model.state_dict().items()},
+            str(path),
+            metadata={name: to_json(value) for name, value in facts.items()},
+        )
+    record(
+        profile,
+        "model.safetensors",
+        command=f"emq_lib.training.build_checkpoint on {profile.name}",
+        seconds=result.seconds,
+    )
