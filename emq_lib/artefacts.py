@@ -1,4 +1,4 @@
-"""Files of a study under ``data/<profile>/``: where they are, atomic writing, and the manifest that vouches for them."""
+"""Files of a study under ``data/<profile>/``: their place, atomic writing, and the manifest that vouches for them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def read_manifest(profile: Profile) -> dict[str, dict]:
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise CorruptArtefactError(f"{path} is not valid JSON ({error}). Restore it, or rebuild with REBUILD=True.") from error
+        raise CorruptArtefactError(f"{path} is not valid JSON ({error}). Restore or rebuild it.") from error
 
 
 def record(
@@ -105,15 +105,19 @@ def checked_path(profile: Profile, filename: str) -> pathlib.Path:
         raise MissingArtefactError(f"{path} does not exist. {remedy}")
     entry = read_manifest(profile).get(filename)
     if entry is None:
-        raise MissingArtefactError(f"{path} is not in the study's manifest.json, so nothing vouches for it. {remedy}")
+        raise MissingArtefactError(f"{path} is not listed in manifest.json, so nothing vouches for it. {remedy}")
     if sha256(path) != entry["sha256"]:
-        raise CorruptArtefactError(f"{path} does not match the SHA-256 in manifest.json: truncated or altered. {remedy}")
+        raise CorruptArtefactError(
+            f"{path} does not match the SHA-256 in manifest.json: truncated or altered. {remedy}"
+        )
     return path
 
 
 def to_json(value: object) -> str:
     """Return compact JSON text of numbers, texts, tuples and dictionaries, NumPy scalars included, keys in order."""
-    return json.dumps(value, sort_keys=True, default=lambda item: item.item() if isinstance(item, np.generic) else list(item))
+    return json.dumps(
+        value, sort_keys=True, default=lambda item: item.item() if isinstance(item, np.generic) else list(item)
+    )
 
 
 def _commit() -> str:

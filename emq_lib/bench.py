@@ -64,7 +64,7 @@ def sample_configs(slots: int, choices: Sequence[int], count: int, *, rng: np.ra
     """
     possible = len(choices) ** slots - len(choices)
     if count > possible:
-        raise InvalidParameterError(f"{count} configurations were asked for, but only {possible} are not uniform; ask for fewer.")
+        raise InvalidParameterError(f"asked for {count} configurations, but only {possible} are not uniform.")
     found = {(bits,) * slots: None for bits in choices}
     while len(found) < len(choices) + count:
         found.setdefault(tuple(int(bits) for bits in rng.choice(choices, size=slots)), None)
@@ -165,13 +165,15 @@ def measure(
                 correct[row, first : first + len(batch)] = (logits.argmax(dim=1) == batch.labels).cpu().numpy()
                 losses[row] += F.cross_entropy(logits.double(), batch.labels, reduction="sum").item()
         yield [
-            Measurement(config, hits, loss / len(split)) for config, hits, loss in zip(block, correct, losses, strict=True)
+            Measurement(config, hits, loss / len(split))
+            for config, hits, loss in zip(block, correct, losses, strict=True)
         ]
 
 
 def _shared_pieces(previous: tuple[int, ...], config: tuple[int, ...], depth: np.ndarray) -> int:
     """Return how many leading pieces give the same output under both configurations."""
-    differs = next((slot for slot, pair in enumerate(zip(previous, config, strict=True)) if pair[0] != pair[1]), len(config))
+    pairs = zip(previous, config, strict=True)
+    differs = next((slot for slot, (before, now) in enumerate(pairs) if before != now), len(config))
     return int(np.searchsorted(depth, differs, side="right"))
 
 
@@ -241,7 +243,9 @@ def write_layers(profile: Profile, layers: pd.DataFrame) -> None:
     """Write the study's ``layers.csv``."""
     with atomic_path(study_folder(profile) / "layers.csv") as path:
         layers.to_csv(path, index=False)
-    record(profile, "layers.csv", command=f"emq_lib.models.layer_table on {profile.name}", seconds=0.0, rows=len(layers))
+    record(
+        profile, "layers.csv", command=f"emq_lib.models.layer_table on {profile.name}", seconds=0.0, rows=len(layers)
+    )
 
 
 def load_layers(profile: Profile) -> pd.DataFrame:
@@ -273,7 +277,7 @@ class PartialRows:
         whole = [json.loads(line) for line in lines[:-1]]
         if not whole or whole[0].get("key") != self.key:
             raise CorruptArtefactError(
-                f"{self.path} holds rows of another checkpoint, other images or another profile. Delete it to measure afresh."
+                f"{self.path} holds rows of another checkpoint, images or profile. Delete it to measure afresh."
             )
         if lines[-1]:
             with atomic_path(self.path) as path:
@@ -318,7 +322,7 @@ class Bench:
         try:
             table = pd.read_parquet(path)
         except (pa.ArrowInvalid, OSError) as error:
-            raise CorruptArtefactError(f"{path} is not a readable parquet file ({error}). Restore or rebuild it.") from error
+            raise CorruptArtefactError(f"{path} is not a parquet file ({error}). Restore or rebuild it.") from error
         if absent := sorted(set(COLUMNS) - set(table.columns)):
             raise CorruptArtefactError(f"{path} lacks the columns {absent}. Restore or rebuild it.")
         return cls(profile, table)
@@ -360,7 +364,7 @@ class Bench:
         rows = np.flatnonzero((configs == np.asarray(config)).all(axis=1))
         if not len(rows):
             raise ConfigNotFoundError(
-                f"{tuple(map(int, config))} is not among the {len(self)} measured configurations of {self.profile.name!r}. "
+                f"{tuple(map(int, config))} is not among the {len(self)} configurations of {self.profile.name!r}. "
                 "Measure it with emq_lib.bench.measure."
             )
         return self.table.iloc[rows[0]]

@@ -62,7 +62,8 @@ def gather(table: np.ndarray, configs: np.ndarray | Sequence, choices: Sequence[
     array([21., 22.])
     """
     indices = choice_indices(configs, choices, len(table))
-    return np.take_along_axis(np.asarray(table, dtype=np.float64)[None], indices[:, :, None], axis=2)[:, :, 0].sum(axis=1)
+    entries = np.take_along_axis(np.asarray(table, dtype=np.float64)[None], indices[:, :, None], axis=2)
+    return entries.sum(axis=(1, 2))
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,9 @@ def size_cost(layers: pd.DataFrame, choices: Sequence[int]) -> CostTable:
         choices: the B allowed widths.
     """
     overhead = layers["channels"] * (SCALE_BYTES + ZERO_POINT_BYTES) + layers["biases"] * BIAS_BYTES
-    return _cost("size", "bytes", layers, choices, lambda layer, bits: weight_bytes(layer.parameters, bits), overhead.sum())
+    return _cost(
+        "size", "bytes", layers, choices, lambda layer, bits: weight_bytes(layer.parameters, bits), overhead.sum()
+    )
 
 
 def bops_cost(layers: pd.DataFrame, choices: Sequence[int], *, activation_bits: int) -> CostTable:

@@ -145,8 +145,8 @@ def _cifar10() -> dict[str, tuple[np.ndarray, np.ndarray]]:
         "This step measures real CIFAR-10 images and found none "
         f"(EMQ_DATA_ROOT={os.environ.get('EMQ_DATA_ROOT') or 'is not set'}). Set EMQ_DATA_ROOT to a folder that holds "
         "cifar10.npz, cifar-10-batches-py or train/ and test/ with one folder of PNG files per class. "
-        "torchvision.datasets.CIFAR10(root, download=True) makes the second. Reading the published study needs no images: "
-        "run with REBUILD=False."
+        "torchvision.datasets.CIFAR10(root, download=True) makes the second. "
+        "Reading the published study needs no images: run with REBUILD=False."
     )
 
 

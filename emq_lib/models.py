@@ -101,7 +101,7 @@ def load_checkpoint(profile: Profile, path: pathlib.Path) -> nn.Module:
         model.load_state_dict(load_file(str(path)))
     except (SafetensorError, RuntimeError) as error:
         raise CorruptArtefactError(
-            f"{path} is not a checkpoint of {profile.model!r} ({error}). Restore the file, or train it again with REBUILD=True."
+            f"{path} is not a checkpoint of {profile.model!r} ({error}). Restore it, or train again with REBUILD=True."
         ) from error
     return model.eval()
 
@@ -154,7 +154,7 @@ def layer_table(model: nn.Module, profile: Profile) -> pd.DataFrame:
     names = [name for name, _, _ in calls]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise UnsupportedModelError(f"Layers {repeated} run more than once in a forward pass; give each use its own layer.")
+        raise UnsupportedModelError(f"Layers {repeated} run more than once in a pass; give each use its own layer.")
     pinned = dict(profile.pinned)
     if unknown := sorted(set(pinned) - set(names)):
         raise UnsupportedModelError(f"profile {profile.name!r} pins {unknown}, but the network has the layers {names}.")

@@ -117,7 +117,7 @@ def get_profile(name: str) -> Profile:
     if name not in _REGISTRY:
         known = ", ".join(sorted(_REGISTRY))
         raise UnknownProfileError(
-            f"Unknown profile {name!r}. Known profiles: {known}. Add your own with emq_lib.profiles.register(Profile(...))."
+            f"Unknown profile {name!r}. Known profiles: {known}. Add your own: emq_lib.profiles.register(Profile(...))."
         )
     return _REGISTRY[name]
 
@@ -127,9 +127,7 @@ register(
         name="digits-resnet8",
         dataset="digits",
         model="resnet8",
-        training=TrainingRecipe(
-            epochs=12, batch_size=64, max_lr=0.2, crop_padding=1, flip=False, precision="float32"
-        ),
+        training=TrainingRecipe(epochs=12, batch_size=64, max_lr=0.2, crop_padding=1, flip=False, precision="float32"),
         validation_images=198,
         calibration_images=256,
         bench_configs=120,

@@ -180,7 +180,7 @@ def choose_activation_ranges(
             lows[name] = min(low.item(), lows.get(name, 0.0))
             highs[name] = max(high.item(), highs.get(name, 0.0))
             if not np.isfinite(low.item() + high.item()):
-                raise UnsupportedModelError(f"Layer {name!r} sees NaN or infinity on the calibration images; check the weights.")
+                raise UnsupportedModelError(f"Layer {name!r} sees NaN or infinity on the calibration images.")
 
         return hook
 

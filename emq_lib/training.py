@@ -61,7 +61,7 @@ def train(profile: Profile, data: ImageData, *, resume: pathlib.Path | None = No
             part.load_state_dict(state[name])
         generator.set_state(state["generator"])
         history, best, seconds = state["history"], state["best"], state["seconds"]
-    for epoch in tqdm(range(len(history), recipe.epochs), initial=len(history), total=recipe.epochs, desc="epochs"):
+    for _ in tqdm(range(len(history), recipe.epochs), initial=len(history), total=recipe.epochs, desc="epochs"):
         started = time.perf_counter()
         _train_epoch(model.train(), data.train, recipe, optimizer, schedule, generator=generator)
         history.append(top1(predict(model.eval(), data.validation), data.validation.labels))
@@ -94,7 +94,7 @@ def _load_resume(path: pathlib.Path, profile: Profile) -> dict:
     except (RuntimeError, EOFError, OSError) as error:
         raise CorruptArtefactError(f"{path} cannot be read ({error}). Delete it to train from the start.") from error
     if state["profile"] != repr(profile):
-        raise CorruptArtefactError(f"{path} belongs to another version of {profile.name!r}. Delete it to train from the start.")
+        raise CorruptArtefactError(f"{path} belongs to another {profile.name!r}. Delete it to start afresh.")
     return state
 
 
