@@ -16,15 +16,13 @@ import pandas as pd
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
-from torch.fx.passes.split_module import split_module
 from tqdm.auto import tqdm
 
 from emq_lib.artefacts import atomic_path, checked_path, record, sha256, study_folder, to_json
 from emq_lib.costs import CostTable, bops_cost, choice_indices, size_cost
 from emq_lib.datasets import ImageData, Split
 from emq_lib.errors import ConfigNotFoundError, CorruptArtefactError, InvalidParameterError, MissingArtefactError
-from emq_lib.models import fold_batchnorm, layer_table, load_checkpoint
+from emq_lib.models import fold_batchnorm, layer_table, load_checkpoint, segments
 from emq_lib.profiles import Profile, get_profile
 from emq_lib.quantizers import QuantizedNetwork, quantize_network
 
@@ -91,36 +89,6 @@ class Measurement:
         return 100 * float(self.correct.mean())
 
 
-def segments(model: fx.GraphModule, layers: Sequence[str]) -> list[tuple[nn.Module, tuple[str, ...]]]:
-    """Cut a traced network into the shortest consecutive pieces that hold a layer and pass on a single tensor.
-
-    Args:
-        model: traced network.
-        layers: names of its quantizable layers.
-
-    Returns:
-        (piece, names of its layers) in forward order; applying the pieces one after another is applying the network.
-    """
-    nodes = list(model.graph.nodes)
-    position = {node: index for index, node in enumerate(nodes)}
-    last_use = [max((position[user] for user in node.users), default=index) for index, node in enumerate(nodes)]
-    part, parts, held = 0, {}, [[]]
-    for index, node in enumerate(nodes):
-        parts[node] = part
-        if node.op == "call_module" and node.target in layers:
-            held[part].append(node.target)
-        alive = [other for other in range(index + 1) if last_use[other] > index]
-        if alive == [index] and held[part] and nodes[index + 1].op != "output":
-            part += 1
-            held.append([])
-    if not held[-1]:
-        tail = held.pop()
-        parts = {node: min(number, len(held) - 1) for node, number in parts.items()}
-        held[-1] += tail
-    pieces = split_module(model, model, parts.__getitem__)
-    return [(getattr(pieces, f"submod_{number}"), tuple(names)) for number, names in enumerate(held)]
-
-
 @torch.inference_mode()
 def measure(
     network: QuantizedNetwork, split: Split, configs: np.ndarray, *, batch_size: int = 250
@@ -184,31 +152,37 @@ def load_network(profile: Profile, data: ImageData) -> tuple[QuantizedNetwork, p
     return quantize_network(model, layers, profile, data.calibration), layers
 
 
-def build_bench(profile: Profile, data: ImageData) -> None:
-    """Measure the profile's configurations on all test images; write ``layers.csv`` and ``bench.parquet``.
+def measure_resumably(
+    profile: Profile, network: QuantizedNetwork, data: ImageData, configs: np.ndarray, *, partial: str
+) -> tuple[pd.DataFrame, float]:
+    """Measure configurations on all test images, keeping finished blocks on disk.
 
-    Finished blocks are appended to ``bench.partial.jsonl``. Interrupted at any moment, the same call skips what was
-    measured and ends with the same table.
+    Interrupted at any moment, the same call skips what was measured and returns the same rows.
+
+    Args:
+        profile: the study; its checkpoint must exist.
+        network: its quantized network.
+        data: its images.
+        configs: bits, shape (N, S), all distinct.
+        partial: name of the file in the study's folder that takes finished blocks; the caller removes it.
+
+    Returns:
+        columns top1, loss, correct_a, correct_b, n_a and n_b, one row per configuration in the order given; and the
+        wall time in seconds, earlier runs included.
 
     Raises:
         CorruptArtefactError: the partial file belongs to another checkpoint, other images or another profile.
     """
     folder, started = study_folder(profile), time.perf_counter()
-    network, layers = load_network(profile, data)
-    slots = int(layers["searchable"].sum())
-    configs = sample_configs(slots, profile.choices, profile.bench_configs, rng=profile.rng("bench"))
-    partial = PartialRows(
-        folder / "bench.partial.jsonl",
-        key={"profile": repr(profile), "images": data.digest, "checkpoint": sha256(folder / "model.safetensors")},
-    )
-    identity = {tuple(map(int, config)): number for number, config in enumerate(configs)}
-    measured = partial.read()
-    missing = [config for config, number in identity.items() if number not in measured]
-    half = len(data.test) // 2
-    with tqdm(total=len(configs), initial=len(measured), desc=f"{profile.name} bench", unit="config") as progress:
-        for block in measure(network, data.test, np.array(missing).reshape(-1, slots)):
-            rows = {
-                identity[item.config]: {
+    key = {"profile": repr(profile), "images": data.digest, "checkpoint": sha256(folder / "model.safetensors")}
+    rows = PartialRows(folder / partial, key=key)
+    measured, half = rows.read(), len(data.test) // 2
+    names = [bits_text(config) for config in configs]
+    missing = [config for name, config in zip(names, configs, strict=True) if name not in measured]
+    with tqdm(total=len(configs), initial=len(configs) - len(missing), desc=profile.name, unit="config") as progress:
+        for block in measure(network, data.test, np.array(missing).reshape(-1, configs.shape[1])):
+            finished = {
+                bits_text(item.config): {
                     "top1": item.top1,
                     "loss": item.loss,
                     "correct_a": int(item.correct[:half].sum()),
@@ -216,27 +190,54 @@ def build_bench(profile: Profile, data: ImageData) -> None:
                 }
                 for item in block
             }
-            measured |= partial.append(rows, seconds=time.perf_counter() - started)
+            measured |= rows.append(finished, seconds=time.perf_counter() - started)
             progress.update(len(block))
-    write_layers(profile, layers)
-    table = pd.DataFrame.from_dict(measured, orient="index").sort_index()
-    table = table.assign(
+    table = pd.DataFrame([measured[name] for name in names])
+    return table.assign(n_a=half, n_b=len(data.test) - half), rows.seconds
+
+
+def bits_text(config: Sequence[int]) -> str:
+    """Return a configuration as text, one digit per slot.
+
+    >>> bits_text([2, 4, 3])
+    '243'
+    """
+    return "".join(str(int(bits)) for bits in config)
+
+
+def parse_bits(text: str) -> tuple[int, ...]:
+    """Undo :func:`bits_text`."""
+    return tuple(int(digit) for digit in text)
+
+
+def build_bench(profile: Profile, data: ImageData) -> None:
+    """Measure the profile's configurations on all test images; write ``layers.csv`` and ``bench.parquet``.
+
+    Can be interrupted and called again: see :func:`measure_resumably`.
+    """
+    folder, partial = study_folder(profile), "bench.partial.jsonl"
+    network, layers = load_network(profile, data)
+    slots, choices = int(layers["searchable"].sum()), profile.choices
+    configs = sample_configs(slots, choices, profile.bench_configs, rng=profile.rng("bench"))
+    measured, seconds = measure_resumably(profile, network, data, configs, partial=partial)
+    size, bit_operations = (
+        size_cost(layers, choices),
+        bops_cost(layers, choices, activation_bits=profile.activation_bits),
+    )
+    table = measured.assign(
         config_id=np.arange(len(configs)),
         quantizer=profile.quantizer,
-        sample=np.where(np.arange(len(configs)) < len(profile.choices), "uniform", "random"),
+        sample=np.where(np.arange(len(configs)) < len(choices), "uniform", "random"),
         bits=list(configs),
-        n_a=half,
-        n_b=len(data.test) - half,
-        size_bytes=size_cost(layers, profile.choices).total(configs, profile.choices).astype(np.int64),
-        bops=bops_cost(layers, profile.choices, activation_bits=profile.activation_bits)
-        .total(configs, profile.choices)
-        .astype(np.int64),
+        size_bytes=size.total(configs, choices).astype(np.int64),
+        bops=bit_operations.total(configs, choices).astype(np.int64),
     )
+    write_layers(profile, layers)
     with atomic_path(folder / "bench.parquet") as path:
         table[list(COLUMNS)].to_parquet(path, index=False)
     command = f"emq_lib.bench.build_bench on {profile.name}"
-    record(profile, "bench.parquet", command=command, seconds=partial.seconds, rows=len(table))
-    partial.path.unlink(missing_ok=True)
+    record(profile, "bench.parquet", command=command, seconds=seconds, rows=len(table))
+    (folder / partial).unlink(missing_ok=True)
 
 
 def write_layers(profile: Profile, layers: pd.DataFrame) -> None:
@@ -263,7 +264,7 @@ class PartialRows:
         self.path, self.key, self.seconds = path, key, 0.0
         self._before = 0.0
 
-    def read(self) -> dict[int, dict]:
+    def read(self) -> dict[str, dict]:
         """Return the finished rows; start the file if it does not exist.
 
         Raises:
@@ -283,10 +284,10 @@ class PartialRows:
             with atomic_path(self.path) as path:
                 path.write_text("\n".join(lines[:-1]) + "\n")
         self._before = self.seconds = max((line["seconds"] for line in whole[1:]), default=0.0)
-        return {int(number): row for line in whole[1:] for number, row in line["rows"].items()}
+        return {name: row for line in whole[1:] for name, row in line["rows"].items()}
 
-    def append(self, rows: dict[int, dict], *, seconds: float) -> dict[int, dict]:
-        """Append finished rows (id -> values) with the wall time of this run so far; return them."""
+    def append(self, rows: dict[str, dict], *, seconds: float) -> dict[str, dict]:
+        """Append finished rows (name -> values) with the wall time of this run so far; return them."""
         self.seconds = self._before + seconds
         self._append_line({"rows": rows, "seconds": self.seconds})
         return rows

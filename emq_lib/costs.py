@@ -94,7 +94,7 @@ class CostTable:
 
 def weight_bytes(parameters: int, bits: int) -> int:
     """Return the bytes of a layer's weights packed at `bits` bits, rounded up to a whole byte."""
-    return -(-parameters * bits // 8)
+    return -(-int(parameters) * int(bits) // 8)
 
 
 def size_cost(layers: pd.DataFrame, choices: Sequence[int]) -> CostTable:

@@ -57,6 +57,10 @@ class InfeasibleBudgetError(EMQError, ValueError):
     """A budget below the smallest network that the choices can reach."""
 
 
+class UnsolvedAllocationError(EMQError, RuntimeError):
+    """A solver that stopped without any configuration."""
+
+
 class GenotypeSyntaxError(EMQError, ValueError):
     """A text that is not a genotype."""
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx.experimental.optimization import fuse
+from torch.fx.passes.split_module import split_module
 
 from emq_lib.datasets import Split
 from emq_lib.errors import CorruptArtefactError, InvalidParameterError, UnsupportedModelError
@@ -177,6 +178,36 @@ def layer_table(model: nn.Module, profile: Profile) -> pd.DataFrame:
         )
         slot += searchable
     return pd.DataFrame(rows)
+
+
+def segments(model: torch.fx.GraphModule, layers: Sequence[str]) -> list[tuple[nn.Module, tuple[str, ...]]]:
+    """Cut a traced network into the shortest consecutive pieces that hold a layer and pass on a single tensor.
+
+    Args:
+        model: traced network.
+        layers: names of its quantizable layers.
+
+    Returns:
+        (piece, names of its layers) in forward order; applying the pieces one after another is applying the network.
+    """
+    nodes = list(model.graph.nodes)
+    position = {node: index for index, node in enumerate(nodes)}
+    last_use = [max((position[user] for user in node.users), default=index) for index, node in enumerate(nodes)]
+    part, parts, held = 0, {}, [[]]
+    for index, node in enumerate(nodes):
+        parts[node] = part
+        if node.op == "call_module" and node.target in layers:
+            held[part].append(node.target)
+        alive = [other for other in range(index + 1) if last_use[other] > index]
+        if alive == [index] and held[part] and nodes[index + 1].op != "output":
+            part += 1
+            held.append([])
+    if not held[-1]:
+        tail = held.pop()
+        parts = {node: min(number, len(held) - 1) for node, number in parts.items()}
+        held[-1] += tail
+    pieces = split_module(model, model, parts.__getitem__)
+    return [(getattr(pieces, f"submod_{number}"), tuple(names)) for number, names in enumerate(held)]
 
 
 @torch.inference_mode()
