@@ -1,0 +1,298 @@
+"""Export: a quantized network as one file that is really as small as claimed, and back.
+
+Codes are packed bit by bit, least significant bit first, each layer from a byte of its own. The file is in safetensors
+format with a single uint8 tensor, `payload`: for each layer in order its packed codes, its scales (float32,
+little-endian), its zero points (uint8) and its biases (float32). Nothing in it is executed when it is read.
+
+Explained in chapter 05.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import pathlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from emq_lib.artefacts import atomic_path, to_json
+from emq_lib.costs import BIAS_BYTES, SCALE_BYTES, ZERO_POINT_BYTES, weight_bytes
+from emq_lib.errors import CorruptArtefactError, InvalidBitsError, InvalidParameterError, MissingArtefactError
+from emq_lib.quantizers import QuantizedWeight
+
+FORMAT_VERSION = 1
+_LENGTH_BYTES = 8  # a safetensors file starts with the length of its header as a 64-bit integer
+_KEY = "emq-packed"
+
+
+def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Pack integers of `bits` bits without gaps, least significant bit first.
+
+    Args:
+        codes: uint8, shape (n,), values 0 to 2^bits - 1.
+        bits: bit width, 1 to 8.
+
+    Returns:
+        uint8 array of ceil(n * bits / 8) bytes; the bits left over in the last one are zero.
+
+    Raises:
+        InvalidBitsError: a width outside 1 to 8.
+        InvalidParameterError: not a flat uint8 array, or a code that does not fit into `bits` bits.
+
+    >>> pack_codes(np.array([1, 2, 3, 0], dtype=np.uint8), bits=2)
+    array([57], dtype=uint8)
+    """
+    _check_bits(bits)
+    codes = np.asarray(codes)
+    if codes.dtype != np.uint8 or codes.ndim != 1:
+        raise InvalidParameterError(f"Codes must be a flat uint8 array; got {codes.dtype} of shape {codes.shape}.")
+    if codes.size and codes.max() >= 2**bits:
+        raise InvalidParameterError(
+            f"Code {codes.max()} does not fit into {bits} bits; clamp codes to 0..{2**bits - 1}, or pack more bits."
+        )
+    return np.packbits(np.unpackbits(codes[:, None], axis=1, count=bits, bitorder="little"), bitorder="little")
+
+
+def unpack_codes(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Undo :func:`pack_codes`.
+
+    Args:
+        packed: uint8, shape (ceil(count * bits / 8),).
+        bits: bit width, 1 to 8.
+        count: how many integers were packed.
+
+    Returns:
+        uint8 array of shape (count,).
+
+    Raises:
+        InvalidBitsError: a width outside 1 to 8.
+        InvalidParameterError: the number of bytes does not match `count`.
+
+    >>> unpack_codes(np.array([57], dtype=np.uint8), bits=2, count=4)
+    array([1, 2, 3, 0], dtype=uint8)
+    """
+    _check_bits(bits)
+    if len(packed) != weight_bytes(count, bits):
+        raise InvalidParameterError(
+            f"{count} codes of {bits} bits take {weight_bytes(count, bits)} bytes; got {len(packed)}."
+        )
+    flat = np.unpackbits(packed, count=count * bits, bitorder="little")
+    return np.packbits(flat.reshape(count, bits), axis=1, bitorder="little").reshape(count)
+
+
+def payload_bytes(weights: Mapping[str, QuantizedWeight], biases: Mapping[str, torch.Tensor | None]) -> int:
+    """Return the size that a quantized network claims: packed weights, scales, zero points and biases, in bytes.
+
+    It equals the "size" of :func:`emq_lib.costs.size_cost`, and is the file of :func:`save_packed` less its header.
+
+    Raises:
+        InvalidParameterError: see :func:`save_packed`.
+    """
+    return sum(layer.size for layer in _describe(weights, biases))
+
+
+def save_packed(
+    path: pathlib.Path | str,
+    weights: Mapping[str, QuantizedWeight],
+    biases: Mapping[str, torch.Tensor | None],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a quantized network into one small file; a file that was there stays as it was if anything fails.
+
+    The same content gives the same bytes. A SHA-256 over the description and the payload vouches for both.
+
+    Args:
+        path: the file, usually named ``*.safetensors``.
+        weights: layer name -> quantized weight.
+        biases: layer name -> float32 bias of shape (C_out,), None or absent for a layer without one.
+        metadata: texts to keep with the network, e.g. the profile and the configuration.
+
+    Raises:
+        InvalidParameterError: a bias without a layer, or a tensor of the wrong shape or type; nothing is written.
+        InvalidBitsError: a width outside 1 to 8.
+    """
+    from safetensors.numpy import save_file
+
+    layers = _describe(weights, biases)
+    texts = {str(key): str(value) for key, value in (metadata or {}).items()}
+    payload = np.concatenate(
+        [np.zeros(0, np.uint8), *(part for layer in layers for part in _parts(weights[layer.name], biases, layer))]
+    )
+    description = {
+        "format_version": FORMAT_VERSION,
+        "layers": [[layer.name, list(layer.shape), layer.bits, layer.bias] for layer in layers],
+        "metadata": texts,
+    }
+    signed = description | {"sha256": _digest(description, payload)}
+    with atomic_path(pathlib.Path(path)) as temporary:
+        save_file({"payload": payload}, temporary, metadata={_KEY: to_json(signed)})
+
+
+def load_packed(
+    path: pathlib.Path | str,
+) -> tuple[dict[str, QuantizedWeight], dict[str, torch.Tensor | None], dict[str, str]]:
+    """Read a file of :func:`save_packed`.
+
+    Returns:
+        weights, biases (None for a layer without one) and metadata, bit for bit as they were saved, on the CPU.
+
+    Raises:
+        MissingArtefactError: no such file.
+        CorruptArtefactError: truncated, altered, not a packed network, or of a later format.
+    """
+    path = pathlib.Path(path)
+    remedy = "Restore the file, or pack the network again with emq_lib.export.save_packed."
+    signed, payload = _read(path, remedy)
+    if signed.get("format_version") != FORMAT_VERSION:
+        raise CorruptArtefactError(
+            f"{path} has format version {signed.get('format_version')}, this library reads {FORMAT_VERSION}. "
+            "Update the library, or pack the network again."
+        )
+    description = {key: value for key, value in signed.items() if key != "sha256"}
+    if signed.get("sha256") != _digest(description, payload):
+        raise CorruptArtefactError(f"{path} does not match its own SHA-256: it was altered. {remedy}")
+    try:
+        layers = [_Layer(name, tuple(shape), bits, bias) for name, shape, bits, bias in description["layers"]]
+        described = sum(layer.size for layer in layers)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise CorruptArtefactError(f"{path} describes its layers in an unknown way ({error}). {remedy}") from error
+    if described != len(payload):
+        raise CorruptArtefactError(f"{path} describes {described} bytes, but holds {len(payload)}. {remedy}")
+    weights, biases = {}, {}
+    parts = np.split(payload, np.cumsum([size for layer in layers for size in layer.part_sizes])[:-1])
+    for index, layer in enumerate(layers):
+        weights[layer.name], biases[layer.name] = _assemble(layer, parts[4 * index : 4 * index + 4])
+    return weights, biases, description["metadata"]
+
+
+def header_bytes(path: pathlib.Path | str) -> int:
+    """Return the bytes of a packed file that come before its payload: names, shapes, widths, metadata and the hash.
+
+    Raises:
+        MissingArtefactError: no such file.
+        CorruptArtefactError: truncated before its header ends.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise MissingArtefactError(f"{path} does not exist. Make it with emq_lib.export.save_packed.")
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "little") + _LENGTH_BYTES
+    if path.stat().st_size < max(length, _LENGTH_BYTES + 1):
+        raise CorruptArtefactError(f"{path} is truncated, or not a packed network. Restore it, or pack again.")
+    return length
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What the header says of one layer."""
+
+    name: str
+    shape: tuple[int, ...]
+    bits: int
+    bias: bool
+
+    @property
+    def part_sizes(self) -> tuple[int, int, int, int]:
+        """Bytes of the packed codes, the scales, the zero points and the biases."""
+        channels = self.shape[0]
+        return (
+            weight_bytes(math.prod(self.shape), self.bits),
+            channels * SCALE_BYTES,
+            channels * ZERO_POINT_BYTES,
+            channels * BIAS_BYTES * self.bias,
+        )
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole layer."""
+        return sum(self.part_sizes)
+
+
+def _check_bits(bits: int) -> None:
+    if not 1 <= bits <= 8:
+        raise InvalidBitsError(f"bits must lie in 1 to 8, got {bits}.")
+
+
+def _describe(weights: Mapping[str, QuantizedWeight], biases: Mapping[str, torch.Tensor | None]) -> list[_Layer]:
+    """Check every tensor's type and shape, and return one description per layer."""
+    if unknown := sorted(set(biases) - set(weights)):
+        raise InvalidParameterError(f"Biases without a weight: {unknown}; the layers are {list(weights)}.")
+    layers = []
+    for name, weight in weights.items():
+        _check_bits(weight.bits)
+        bias = biases.get(name)
+        channels = weight.codes.shape[:1]
+        expected = [
+            ("codes", weight.codes, torch.uint8, weight.codes.shape or (1,)),
+            ("scale", weight.scale, torch.float32, channels),
+            ("zero point", weight.zero_point, torch.uint8, channels),
+            *([] if bias is None else [("bias", bias, torch.float32, channels)]),
+        ]
+        for what, tensor, dtype, shape in expected:
+            if tensor.dtype != dtype or tensor.shape != shape:
+                raise InvalidParameterError(
+                    f"The {what} of layer {name!r} must be {dtype} of shape {tuple(shape)}; "
+                    f"got {tensor.dtype} of shape {tuple(tensor.shape)}. Convert it before packing."
+                )
+        layers.append(_Layer(name, tuple(weight.codes.shape), int(weight.bits), bias is not None))
+    return layers
+
+
+def _parts(weight: QuantizedWeight, biases: Mapping[str, torch.Tensor | None], layer: _Layer) -> Iterator[np.ndarray]:
+    """Yield a layer's bytes: packed codes, scales, zero points, biases."""
+    yield pack_codes(weight.codes.detach().cpu().contiguous().flatten().numpy(), layer.bits)
+    yield _to_bytes(weight.scale)
+    yield weight.zero_point.detach().cpu().numpy()
+    if layer.bias:
+        yield _to_bytes(biases[layer.name])
+
+
+def _to_bytes(values: torch.Tensor) -> np.ndarray:
+    """Return float32 numbers as little-endian bytes."""
+    return np.frombuffer(values.detach().cpu().numpy().astype("<f4").tobytes(), dtype=np.uint8)
+
+
+def _from_bytes(part: np.ndarray) -> torch.Tensor:
+    """Undo :func:`_to_bytes`."""
+    return torch.from_numpy(np.frombuffer(part.tobytes(), dtype="<f4").astype(np.float32))
+
+
+def _assemble(layer: _Layer, parts: list[np.ndarray]) -> tuple[QuantizedWeight, torch.Tensor | None]:
+    """Return a layer's quantized weight and its bias from its four parts."""
+    codes, scale, zero_point, bias = parts
+    weight = QuantizedWeight(
+        torch.from_numpy(unpack_codes(codes, layer.bits, math.prod(layer.shape))).view(layer.shape),
+        _from_bytes(scale),
+        torch.from_numpy(zero_point.copy()),
+        layer.bits,
+    )
+    return weight, _from_bytes(bias) if layer.bias else None
+
+
+def _digest(description: Mapping[str, object], payload: np.ndarray) -> str:
+    """Return the hexadecimal SHA-256 of the description and the payload."""
+    return hashlib.sha256(to_json(description).encode() + b"\n" + payload.tobytes()).hexdigest()
+
+
+def _read(path: pathlib.Path, remedy: str) -> tuple[dict, np.ndarray]:
+    """Return the description with its hash, and the payload, of a well-formed file."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise MissingArtefactError(f"{path} does not exist. {remedy}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            signed = json.loads((file.metadata() or {})[_KEY])
+            payload = file.get_tensor("payload")
+    except (SafetensorError, OSError) as error:
+        raise CorruptArtefactError(f"{path} is truncated, or no safetensors file ({error}). {remedy}") from error
+    except (KeyError, json.JSONDecodeError) as error:
+        raise CorruptArtefactError(f"{path} is not a packed network: its description is absent. {remedy}") from error
+    if not isinstance(signed, dict) or payload.dtype != np.uint8 or payload.ndim != 1:
+        raise CorruptArtefactError(f"{path} is not a packed network: its payload is no string of bytes. {remedy}")
+    return signed, payload

@@ -1,0 +1,126 @@
+"""The last stage: allocate bits by every score table, quantize, and measure what the choices buy.
+
+Explained in chapters 04 and 05.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from emq_lib.allocation import allocate, budget_for_average_bits
+from emq_lib.artefacts import atomic_path, checked_path, record, study_folder
+from emq_lib.bench import Bench, bits_text, load_network, measure_resumably
+from emq_lib.costs import CostTable, bops_cost, choice_indices, size_cost
+from emq_lib.datasets import ImageData
+from emq_lib.profiles import Profile
+from emq_lib.quantizers import QuantizedNetwork
+
+FRONT = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75)
+FRONT_METHODS = ("bit sum", "HAWQ-V2", "sqrt one-layer KL", "evolved")
+RANDOM_DRAWS = 5
+
+
+def random_within(cost: CostTable, budget: float, choices: Sequence[int], *, rng: np.random.Generator) -> tuple[int, ...]:
+    """Draw a random configuration that uses a budget up: from the smallest one, raise random layers while they fit.
+
+    Args:
+        cost: table of shape (S, B).
+        budget: its upper bound, at least the smallest reachable cost.
+        choices: the B allowed widths.
+        rng: source of randomness.
+    """
+    selected = np.zeros(len(cost.table), dtype=int)
+    left = budget - cost.smallest
+    for slot in rng.permutation(np.repeat(np.arange(len(selected)), len(choices) - 1)):
+        step = cost.table[slot, selected[slot] + 1] - cost.table[slot, selected[slot]]
+        if step <= left:
+            selected[slot] += 1
+            left -= step
+    return tuple(int(choices[index]) for index in selected)
+
+
+def choose_configurations(profile: Profile, tables: Mapping[str, Mapping], size: CostTable) -> pd.DataFrame:
+    """Allocate bits at every budget by every score table, and draw random configurations of the same sizes.
+
+    Args:
+        profile: gives the budgets (average bits) and the choices.
+        tables: method -> {"table": score table (S, B), "variant": text, "seconds": cost of the scores}.
+        size: packed size of a configuration.
+
+    Returns:
+        columns proxy, variant, average_bits, budget_bytes, seed, bits (text), seconds; one row per choice.
+    """
+    rows = []
+    for average in sorted({*profile.budgets, *FRONT}):
+        budget = budget_for_average_bits(average, size, profile.choices)
+        shared = {"average_bits": average, "budget_bytes": int(budget)}
+        for name, entry in tables.items():
+            if average not in profile.budgets and name not in FRONT_METHODS:
+                continue
+            started = time.perf_counter()
+            best = allocate(entry["table"], {"size": size}, {"size": budget}, profile.choices)
+            seconds = entry["seconds"] + time.perf_counter() - started
+            row = {"proxy": name, "variant": entry["variant"], "seed": 0, "bits": bits_text(best.bits), "seconds": seconds}
+            rows.append(shared | row)
+        rng = profile.rng(f"random at {average}")
+        for seed in range(RANDOM_DRAWS):
+            drawn = bits_text(random_within(size, budget, profile.choices, rng=rng))
+            rows.append(shared | {"proxy": "random", "variant": "trivial", "seed": seed, "bits": drawn, "seconds": 0.0})
+    return pd.DataFrame(rows)
+
+
+def build_quantization(profile: Profile, data: ImageData, tables: Mapping[str, Mapping]) -> None:
+    """Choose configurations, measure each on all test images, and write ``quantization.csv``.
+
+    Can be interrupted and called again: see :func:`emq_lib.bench.measure_resumably`.
+
+    Args:
+        profile: the study; checkpoint and bench must exist.
+        data: its images.
+        tables: as for :func:`choose_configurations`.
+    """
+    partial = "quantization.partial.jsonl"
+    network, layers = load_network(profile, data)
+    size = size_cost(layers, profile.choices)
+    bit_operations = bops_cost(layers, profile.choices, activation_bits=profile.activation_bits)
+    uniform = Bench.load(profile).select("uniform").table
+    chosen = choose_configurations(profile, tables, size)
+    flat = [
+        {
+            "proxy": "uniform",
+            "variant": "trivial",
+            "average_bits": float(row.bits[0]),
+            "budget_bytes": row.size_bytes,
+            "seed": 0,
+            "bits": bits_text(row.bits),
+            "seconds": 0.0,
+        }
+        for row in uniform.itertuples()
+    ]
+    chosen = pd.concat([pd.DataFrame(flat), chosen], ignore_index=True)
+    distinct = chosen["bits"].drop_duplicates()
+    configs = np.array([[int(bits) for bits in text] for text in distinct], dtype=np.int8)
+    measured, seconds = measure_resumably(profile, network, data, configs, partial=partial)
+    measured = measured.assign(
+        bits=distinct.to_numpy(),
+        size_bytes=size.total(configs, profile.choices).astype(np.int64),
+        bops=bit_operations.total(configs, profile.choices).astype(np.int64),
+        activation_bits=profile.activation_bits,
+        quantizer=profile.quantizer,
+    )
+    table = chosen.merge(measured, on="bits", how="left", validate="many_to_one")
+    with atomic_path(study_folder(profile) / "quantization.csv") as path:
+        table.to_csv(path, index=False)
+    command = f"emq_lib.quantization.build_quantization on {profile.name}"
+    record(profile, "quantization.csv", command=command, seconds=seconds, rows=len(table))
+    (study_folder(profile) / partial).unlink(missing_ok=True)
+
+
+def load_quantization(profile: Profile) -> pd.DataFrame:
+    """Return a study's table of chosen configurations with their measured accuracy; `bits` is text."""
+    return pd.read_csv(checked_path(profile, "quantization.csv"), dtype={"bits": str})

@@ -1,0 +1,284 @@
+"""What chapters need and nothing else: their start, claims and the ledger, sources shown in place, and plots."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import os
+import pathlib
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from IPython.display import Markdown, display
+from matplotlib.axes import Axes
+from myst_nb import glue
+
+from emq_lib.artefacts import REPOSITORY
+from emq_lib.errors import ClaimError, InvalidParameterError
+from emq_lib.profiles import Profile, get_profile
+
+COLOURS = {
+    "bit sum": "#999999",
+    "parameter bits": "#7f7f7f",
+    "BOPs": "#b3b3b3",
+    "bit-SNIP": "#e69f00",
+    "bit-Synflow": "#c98a00",
+    "HAWQ-V2": "#56b4e9",
+    "Fisher error": "#0072b2",
+    "relative weight error": "#cc79a7",
+    "relative output error": "#a6558a",
+    "one-layer KL": "#66c2a5",
+    "sqrt one-layer KL": "#009e73",
+    "evolved": "#d55e00",
+    "additive oracle": "#8c6d1f",
+    "pairwise oracle": "#5c4a14",
+    "noise ceiling": "#8a8a8a",
+    "uniform": "#8a8a8a",
+    "random": "#b0b0b0",
+}
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """A running chapter: its name, the study it shows, and whether it computes that study afresh."""
+
+    name: str
+    profile: Profile
+    rebuild: bool
+
+    @property
+    def ledger(self) -> pathlib.Path:
+        """File that takes this chapter's claims."""
+        folder = os.environ.get("EMQ_LEDGER_DIR") or REPOSITORY / "_build" / self.profile.name / "ledger"
+        return pathlib.Path(folder) / f"{self.name}.jsonl"
+
+    def claim(
+        self,
+        key: str,
+        sentence: str,
+        value: float,
+        *,
+        within: tuple[float, float] | Mapping[str, tuple[float, float]],
+        interval: tuple[float, float] | None = None,
+        n: int | None = None,
+        paper: str = "",
+    ) -> Markdown:
+        """State a number, check it, glue it under its key, and enter it into the ledger.
+
+        Args:
+            key: name for glue; its parts (`key_lo`, `key_hi`) are glued too when an interval is given.
+            sentence: text with a place ``{}`` (or ``{:.1f}``) for the value.
+            value: the number, computed.
+            within: (lo, hi) that it must lie in, or such bounds by profile name; another study's number is entered
+                without a bound.
+            interval: 95 % interval, if the number is an estimate.
+            n: number of observations behind it.
+            paper: what the paper reports, with the source of that knowledge.
+
+        Returns:
+            the sentence with its value, to be shown as the cell's output.
+
+        Raises:
+            ClaimError: the number lies outside its bounds.
+        """
+        value = float(value)
+        bounds = within.get(self.profile.name) if isinstance(within, Mapping) else within
+        if not math.isfinite(value) or (bounds and not bounds[0] <= value <= bounds[1]):
+            raise ClaimError(
+                f"claim {key!r}: {value} is not within {bounds}. The text around it no longer holds; revise both."
+            )
+        text = sentence.format(value)
+        glue(key, value, display=False)
+        if interval:
+            glue(f"{key}_lo", float(interval[0]), display=False)
+            glue(f"{key}_hi", float(interval[1]), display=False)
+            text += f" (95 % interval {interval[0]:.2f} to {interval[1]:.2f}" + (f", n = {n})" if n else ")")
+        row = {
+            "key": key,
+            "sentence": sentence.format(value),
+            "value": value,
+            "lo": interval[0] if interval else None,
+            "hi": interval[1] if interval else None,
+            "n": n,
+            "bounds": bounds,
+            "paper": paper,
+        }
+        with self.ledger.open("a") as file:
+            file.write(json.dumps(row, default=float) + "\n")
+        return Markdown(text)
+
+
+def start_chapter(name: str, profile: str, rebuild: bool) -> Chapter:
+    """Check a chapter's two parameters, set the style of figures, and open a fresh page of the ledger.
+
+    Raises:
+        UnknownProfileError: no such profile.
+        InvalidParameterError: REBUILD is not a boolean.
+    """
+    if not isinstance(rebuild, bool):
+        raise InvalidParameterError(f"REBUILD must be True or False, got {rebuild!r}.")
+    chapter = Chapter(name, get_profile(profile), rebuild)
+    plt.style.use(REPOSITORY / "book" / "emq.mplstyle")
+    chapter.ledger.parent.mkdir(parents=True, exist_ok=True)
+    chapter.ledger.write_text("")
+    return chapter
+
+
+def read_ledger(chapter: Chapter) -> pd.DataFrame:
+    """Return the claims of all chapters that ran on this study, one row each, with the chapter's name in front."""
+    rows = [
+        {"chapter": path.stem} | json.loads(line)
+        for path in sorted(chapter.ledger.parent.glob("*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
+    return pd.DataFrame(rows)
+
+
+def show_source(*functions: object) -> None:
+    """Show the library's source of functions or classes in place."""
+    source = "\n\n".join(textwrap.dedent(inspect.getsource(function)).rstrip() for function in functions)
+    display(Markdown(f"```python\n{source}\n```"))
+
+
+def show_table(table: pd.DataFrame, *, decimals: int = 2) -> None:
+    """Show a table without its index, numbers rounded."""
+    display(table.style.format(precision=decimals, na_rep="–").hide(axis="index"))
+
+
+def plot_histogram(values: np.ndarray, marks: Mapping[str, float], *, xlabel: str, ax: Axes | None = None) -> Axes:
+    """Draw a histogram of configurations with labelled vertical marks (e.g. the uniform configurations)."""
+    ax = ax or plt.gca()
+    ax.hist(values, bins=40, color=COLOURS["random"])
+    top = ax.get_ylim()[1]
+    for label, value in marks.items():
+        ax.axvline(value, color=COLOURS["evolved"], linewidth=1.2)
+        ax.annotate(label, (value, top), xytext=(3, -2), textcoords="offset points", va="top", color=COLOURS["evolved"])
+    ax.set(xlabel=xlabel, ylabel="configurations")
+    return ax
+
+
+def plot_by_bits(effects: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Draw the mean top-1 of configurations by the bits of each layer.
+
+    Args:
+        effects: index layer names, one column per bit width.
+        ax: axes to draw on.
+    """
+    ax = ax or plt.gca()
+    shades = ["#d55e00", "#999999", "#0072b2"]
+    for (bits, column), colour in zip(effects.items(), shades, strict=False):
+        ax.plot(column.to_numpy(), marker="o", markersize=3, color=colour)
+        ax.annotate(
+            f"{bits} bits",
+            (len(column) - 1, column.iloc[-1]),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+        )
+    ax.set_xticks(range(len(effects)), effects.index, rotation=60, ha="right", fontsize=7)
+    ax.set(ylabel="mean top-1 (%)")
+    ax.margins(x=0.08)
+    return ax
+
+
+def plot_scatter(
+    x: np.ndarray, y: np.ndarray, *, colour: str, xlabel: str, ylabel: str, ax: Axes | None = None
+) -> Axes:
+    """Draw one point per configuration."""
+    ax = ax or plt.gca()
+    ax.scatter(x, y, s=9, color=colour, alpha=0.6, linewidths=0)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    return ax
+
+
+def plot_forest(
+    table: pd.DataFrame, *, bands: Mapping[str, tuple[float, float]] | None = None, ax: Axes | None = None
+) -> Axes:
+    """Draw estimates with their intervals, one row each, the largest on top.
+
+    Args:
+        table: columns proxy, rho100, lo, hi.
+        bands: label -> (lo, hi) drawn as vertical bands (noise ceiling, oracle).
+        ax: axes to draw on.
+    """
+    ax = ax or plt.gca()
+    ordered = table.sort_values("rho100").reset_index(drop=True)
+    for label, (lo, hi) in (bands or {}).items():
+        ax.axvspan(lo, hi, color=COLOURS.get(label, "#999999"), alpha=0.25, linewidth=0)
+        ax.annotate(
+            label, ((lo + hi) / 2, -0.9), ha="center", va="center", fontsize=8, color=COLOURS.get(label, "#999999")
+        )
+    for row in ordered.itertuples():
+        colour = COLOURS.get(row.proxy, "#999999")
+        ax.plot([row.lo, row.hi], [row.Index, row.Index], color=colour, linewidth=2)
+        ax.plot(row.rho100, row.Index, "o", color=colour)
+    ax.set_yticks(range(len(ordered)), ordered["proxy"])
+    ax.set(xlabel="Spearman's rho on the held-out configurations", ylim=(-1.5, len(ordered) - 0.5))
+    return ax
+
+
+def plot_curves(
+    curves: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]], *, xlabel: str, ylabel: str, ax: Axes | None = None
+) -> Axes:
+    """Draw families of curves, each family in one colour, labelled at its end.
+
+    Args:
+        curves: label -> list of (x, y), one pair per seed.
+        xlabel: label of the x axis.
+        ylabel: label of the y axis.
+        ax: axes to draw on.
+    """
+    ax = ax or plt.gca()
+    for label, family in curves.items():
+        colour = COLOURS.get(label, "#999999")
+        for x, y in family:
+            ax.plot(x, y, color=colour, alpha=0.45, linewidth=1)
+        ends = np.mean([(x[-1], y[-1]) for x, y in family], axis=0)
+        ax.annotate(label, ends, xytext=(6, 0), textcoords="offset points", va="center", color=colour)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.margins(x=0.12)
+    return ax
+
+
+def plot_front(points: pd.DataFrame, *, x: str, ax: Axes | None = None) -> Axes:
+    """Draw measured top-1 against a cost, one line per method, labelled at its right end.
+
+    Args:
+        points: columns proxy, top1 and the cost column named by `x`.
+        x: name of the cost column.
+        ax: axes to draw on.
+    """
+    ax = ax or plt.gca()
+    for name, group in points.groupby("proxy", sort=False):
+        ordered, colour = group.sort_values(x), COLOURS.get(name, "#999999")
+        ax.plot(ordered[x], ordered["top1"], marker="o", markersize=4, color=colour)
+        ax.annotate(
+            name, ordered[[x, "top1"]].iloc[-1], xytext=(6, 0), textcoords="offset points", va="center", color=colour
+        )
+    ax.set(ylabel="top-1 on all test images (%)")
+    ax.margins(x=0.15)
+    return ax
+
+
+def plot_heatmap(bits: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Draw configurations as rows of coloured cells, the width written into each.
+
+    Args:
+        bits: one row per configuration, one column per layer.
+        ax: axes to draw on.
+    """
+    ax = ax or plt.gca()
+    ax.imshow(bits.to_numpy(dtype=float), cmap="cividis", aspect="auto", alpha=0.85)
+    for row, column in np.ndindex(bits.shape):
+        value = bits.iat[row, column]
+        ax.text(column, row, str(value), ha="center", va="center", fontsize=7, color="white" if value < 4 else "black")
+    ax.set_xticks(range(bits.shape[1]), bits.columns, rotation=60, ha="right", fontsize=7)
+    ax.set_yticks(range(bits.shape[0]), bits.index, fontsize=8)
+    ax.grid(visible=False)
+    return ax

@@ -1,0 +1,48 @@
+"""One live study of the digits, built once per test run and shared read-only."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from emq_lib import bench, layer_statistics, training
+from emq_lib.datasets import load_dataset
+from emq_lib.profiles import get_profile
+
+
+@pytest.fixture(scope="session")
+def profile():
+    return get_profile("digits-resnet8")
+
+
+@pytest.fixture(scope="session")
+def data(profile):
+    return load_dataset(profile)
+
+
+@pytest.fixture(scope="session")
+def built_study(tmp_path_factory, profile, data):
+    """Folder that holds a freshly trained and measured digits study."""
+    root = tmp_path_factory.mktemp("studies")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EMQ_STUDY_ROOT", str(root))
+        training.build_checkpoint(profile, data)
+        bench.build_bench(profile, data)
+        layer_statistics.build_statistics(profile, data.calibration)
+    return root
+
+
+@pytest.fixture
+def study(built_study, monkeypatch, profile):
+    """Make the library read the live study; returns its folder, which the test must not change."""
+    monkeypatch.setenv("EMQ_STUDY_ROOT", str(built_study))
+    return built_study / profile.name
+
+
+@pytest.fixture
+def own_study(built_study, tmp_path, monkeypatch, profile):
+    """Return a copy of the live study that the test may damage."""
+    shutil.copytree(built_study, tmp_path / "studies")
+    monkeypatch.setenv("EMQ_STUDY_ROOT", str(tmp_path / "studies"))
+    return tmp_path / "studies" / profile.name

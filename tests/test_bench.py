@@ -1,0 +1,178 @@
+"""The bench: equality with the plain loop, kill and resume, deterministic bytes, named errors."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from emq_lib import bench
+from emq_lib.artefacts import read_manifest, sha256
+from emq_lib.costs import weight_bytes
+from emq_lib.errors import (
+    ConfigLengthError,
+    ConfigNotFoundError,
+    CorruptArtefactError,
+    InvalidBitsError,
+    InvalidParameterError,
+    MissingArtefactError,
+)
+from emq_lib.models import fold_batchnorm, load_checkpoint
+from emq_lib.profiles import get_profile
+from emq_lib.quantizers import choose_activation_ranges, fake_quantize
+
+
+def test_sampled_configurations_are_distinct_valid_and_extend():
+    few, many = (bench.sample_configs(6, (2, 3, 4), n, rng=np.random.default_rng(1)) for n in (50, 200))
+    assert many.shape == (203, 6)
+    assert len({tuple(row) for row in many}) == 203
+    assert set(np.unique(many)) == {2, 3, 4}
+    np.testing.assert_array_equal(many[:53], few)
+    np.testing.assert_array_equal(many[:3], [[2] * 6, [3] * 6, [4] * 6])
+
+
+def test_more_configurations_than_there_are_is_an_error():
+    with pytest.raises(InvalidParameterError, match="only 6 are not uniform"):
+        bench.sample_configs(3, (2, 3), 7, rng=np.random.default_rng(0))
+
+
+def test_measuring_agrees_with_the_plain_loop_image_by_image(study, profile, data):
+    """Quantize every layer afresh for each configuration, run one forward pass, no sharing, no bank."""
+    network, layers = bench.load_network(profile, data)
+    configs = bench.sample_configs(6, profile.choices, 20, rng=np.random.default_rng(2))
+    measured = [item for block in bench.measure(network, data.test, configs, batch_size=300) for item in block]
+    assert {item.config for item in measured} == {tuple(map(int, config)) for config in configs}
+    searchable = list(layers.loc[layers["searchable"], "name"])
+    for item in measured[::5]:
+        model = fold_batchnorm(load_checkpoint(profile, study / "model.safetensors"))
+        ranges = choose_activation_ranges(model, layers, data.calibration, bits=8)
+        for name, bits in [*zip(searchable, item.config, strict=True), *profile.pinned]:
+            layer = model.get_submodule(name)
+            layer.weight.data = fake_quantize(layer.weight.data, bits)
+            layer.register_forward_pre_hook(lambda _, x, r=ranges[name]: (r.fake_quantize(x[0]),))
+        with torch.inference_mode():
+            logits = torch.cat([model(data.test[:300].inputs()), model(data.test[300:].inputs())])
+        np.testing.assert_array_equal(item.correct, (logits.argmax(1) == data.test.labels).numpy())
+        assert item.loss == pytest.approx(F.cross_entropy(logits.double(), data.test.labels).item(), abs=1e-9)
+
+
+def test_rows_are_what_the_words_say(study, profile):
+    table = bench.Bench.load(profile).table
+    assert len(table) == profile.bench_configs + 3
+    np.testing.assert_allclose(
+        table["top1"], 100 * (table["correct_a"] + table["correct_b"]) / (table["n_a"] + table["n_b"])
+    )
+    layers = bench.load_layers(profile)
+    row = table.iloc[7]
+    widths = iter(row["bits"])
+    bits = [next(widths) if layer.searchable else layer.pinned_bits for layer in layers.itertuples()]
+    size = sum(
+        weight_bytes(layer.parameters, b) + 5 * layer.channels + 4 * layer.biases
+        for layer, b in zip(layers.itertuples(), bits, strict=True)
+    )
+    assert row["size_bytes"] == size
+    assert row["bops"] == sum(8 * b * layer.macs for layer, b in zip(layers.itertuples(), bits, strict=True))
+
+
+def test_killed_and_resumed_ends_with_the_same_bytes(own_study, profile, data, monkeypatch):
+    whole = sha256(own_study / "bench.parquet")
+    for name in ("bench.parquet", "layers.csv"):
+        (own_study / name).unlink()
+    measure, blocks = bench.measure, []
+
+    def dies_in_the_second_block(*args, **kwargs):
+        for block in measure(*args, **kwargs):
+            if blocks:
+                raise KeyboardInterrupt
+            blocks.append(block)
+            yield block
+
+    monkeypatch.setattr(bench, "measure", dies_in_the_second_block)
+    with pytest.raises(KeyboardInterrupt):
+        bench.build_bench(profile, data)
+    assert not (own_study / "bench.parquet").exists()
+    partial = own_study / "bench.partial.jsonl"
+    partial.write_text(partial.read_text() + '{"rows": {"222233": {"top1": 12')  # a line cut off by the crash
+    seen = []
+
+    def counting(network, split, configs, **kwargs):
+        seen.append(len(configs))
+        return measure(network, split, configs, **kwargs)
+
+    monkeypatch.setattr(bench, "measure", counting)
+    bench.build_bench(profile, data)
+    assert seen == [profile.bench_configs + 3 - bench.BLOCK]
+    assert sha256(own_study / "bench.parquet") == whole
+    assert not partial.exists()
+
+
+def test_rows_of_another_study_are_not_mixed_in(own_study, profile, data):
+    (own_study / "bench.partial.jsonl").write_text(json.dumps({"key": {"profile": "other"}}) + "\n")
+    with pytest.raises(CorruptArtefactError, match="Delete it to measure afresh"):
+        bench.build_bench(profile, data)
+
+
+def test_query_finds_rows_and_names_bad_configurations(study, profile):
+    measured = bench.Bench.load("digits-resnet8")
+    row = measured.table.iloc[11]
+    assert measured.query(row["bits"])["config_id"] == row["config_id"]
+    with pytest.raises(ConfigLengthError):
+        measured.query([3])
+    with pytest.raises(InvalidBitsError):
+        measured.query([3, 3, 3, 3, 3, 8])
+    unmeasured = next(
+        c for c in np.ndindex(3, 3, 3, 3, 3, 3) if not (measured.configs == np.add(c, 2)).all(axis=1).any()
+    )
+    with pytest.raises(ConfigNotFoundError, match="Measure it"):
+        measured.query(np.add(unmeasured, 2))
+    with pytest.raises(InvalidParameterError, match="it has random, uniform"):
+        measured.select("stratified")
+
+
+def test_halves_are_disjoint_complete_and_repeatable(study, profile):
+    measured = bench.Bench.load(profile)
+    search, heldout = measured.split()
+    again, _ = measured.split()
+    other, _ = measured.split(np.random.default_rng(5))
+    ids, held = set(search.table["config_id"]), set(heldout.table["config_id"])
+    assert not ids & held
+    assert ids | held == set(measured.select("random").table["config_id"])
+    assert ids == set(again.table["config_id"]) != set(other.table["config_id"])
+
+
+def test_missing_truncated_and_altered_benches_are_named(own_study, profile):
+    path = own_study / "bench.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[:-100])
+    with pytest.raises(CorruptArtefactError, match=r"SHA-256.*REBUILD=True"):
+        bench.Bench.load(profile)
+    manifest = read_manifest(profile)
+    manifest["bench.parquet"]["sha256"] = sha256(path)
+    (own_study / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CorruptArtefactError, match="is not a parquet file"):
+        bench.Bench.load(profile)
+    (own_study / "manifest.json").write_text("{")
+    with pytest.raises(CorruptArtefactError, match="not valid JSON"):
+        bench.Bench.load(profile)
+    (own_study / "manifest.json").write_text("{}")
+    with pytest.raises(MissingArtefactError, match="nothing vouches for it"):
+        bench.Bench.load(profile)
+    path.unlink()
+    with pytest.raises(MissingArtefactError, match="does not exist"):
+        bench.Bench.load(profile)
+
+
+@pytest.mark.parametrize("filename", sorted(read_manifest(get_profile("cifar10-resnet20"))))
+def test_published_files_are_the_ones_of_the_manifest(filename, monkeypatch):
+    monkeypatch.delenv("EMQ_STUDY_ROOT", raising=False)
+    profile = get_profile("cifar10-resnet20")
+    entry = read_manifest(profile)[filename]
+    assert sha256(bench.study_folder(profile) / filename) == entry["sha256"]
+    assert {"rows", "command", "seed", "commit", "versions", "device", "seconds"} <= set(entry)
+
+
+def test_a_profile_without_a_study_has_none(study, profile):
+    assert bench.has_study(profile, "bench.parquet", "layers.csv")
+    assert not bench.has_study(dataclasses.replace(profile, name="nobody"), "bench.parquet")

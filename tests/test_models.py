@@ -1,0 +1,95 @@
+"""Networks: folding and cutting leave the function alone; layer table; named errors."""
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from emq_lib import models
+from emq_lib.errors import CorruptArtefactError, InvalidParameterError, UnsupportedModelError
+from emq_lib.profiles import get_profile
+
+RESNET20 = get_profile("cifar10-resnet20")
+
+
+@pytest.fixture(scope="module")
+def resnet20():
+    """A ResNet-20 whose batch norms have seen something, so that folding has work to do."""
+    model = models.build_model(RESNET20)
+    generator = torch.Generator().manual_seed(0)
+    model.train()(torch.randn(8, 3, 32, 32, generator=generator))
+    return model.eval()
+
+
+def test_folding_keeps_the_function(resnet20):
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    folded = models.fold_batchnorm(resnet20)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    torch.testing.assert_close(folded(x), resnet20(x), rtol=1e-4, atol=1e-5)
+
+
+def test_macs_agree_with_torchs_own_counter(resnet20):
+    layers = models.layer_table(models.fold_batchnorm(resnet20), RESNET20)
+    with FlopCounterMode(display=False) as counter:
+        resnet20(torch.zeros(1, 3, 32, 32))
+    assert 2 * layers["macs"].sum() == counter.get_total_flops()
+
+
+def test_resnet20_has_the_published_number_of_weights(resnet20):
+    assert sum(p.numel() for p in resnet20.parameters()) == 269_722  # 0.27 M, He et al. 2016, table 6
+    layers = models.layer_table(models.fold_batchnorm(resnet20), RESNET20)
+    assert list(layers["searchable"]) == [False] + [True] * 18 + [False]
+    assert list(layers.loc[layers["searchable"], "slot"]) == list(range(18))
+
+
+def test_pieces_in_a_row_are_the_network(resnet20):
+    folded = models.fold_batchnorm(resnet20)
+    names = list(models.layer_table(folded, RESNET20)["name"])
+    pieces = models.segments(folded, names)
+    assert [name for _, held in pieces for name in held] == names
+    assert len(pieces) == 11  # stem, nine blocks, classifier
+    x = y = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    for piece, _ in pieces:
+        y = piece(y)
+    assert torch.equal(y, folded(x))
+
+
+def test_same_seed_same_weights():
+    first, second = (models.build_model(RESNET20).state_dict() for _ in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_layer_that_runs_twice_is_named():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x):
+            return self.conv(self.conv(x)).mean(dim=(2, 3))
+
+    with pytest.raises(UnsupportedModelError, match=r"\['conv'\] run more than once"):
+        models.layer_table(Twice(), dataclasses.replace(RESNET20, pinned=()))
+
+
+def test_an_unknown_pinned_layer_is_named(resnet20):
+    with pytest.raises(UnsupportedModelError, match=r"pins \['stem'\]"):
+        models.layer_table(resnet20, dataclasses.replace(RESNET20, pinned=(("stem", 8),)))
+
+
+def test_an_unknown_model_is_named():
+    with pytest.raises(InvalidParameterError, match="known models: resnet20, resnet8"):
+        models.build_model(dataclasses.replace(RESNET20, model="resnet-9000"))
+
+
+def test_truncated_and_foreign_checkpoints_are_refused(tmp_path, study, profile):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((study / "model.safetensors").read_bytes()[:500])
+    with pytest.raises(CorruptArtefactError, match="is not a checkpoint of 'resnet8'"):
+        models.load_checkpoint(profile, path)
+    save_file({"weight": torch.zeros(2)}, str(path))
+    with pytest.raises(CorruptArtefactError, match="is not a checkpoint of 'resnet8'"):
+        models.load_checkpoint(profile, path)

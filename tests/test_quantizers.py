@@ -1,0 +1,110 @@
+"""Quantizers against torch's own fake-quantize operator, brute force, and their defining properties."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emq_lib import quantizers
+from emq_lib.bench import load_network
+from emq_lib.errors import ConfigLengthError, InvalidBitsError, UnsupportedModelError
+from emq_lib.models import fold_batchnorm, layer_table, load_checkpoint
+
+
+def _weight(seed, shape=(6, 5, 3, 3)):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_agrees_with_torchs_fake_quantize(bits):
+    weight = _weight(bits)
+    scale, zero_point = quantizers.choose_qparams(weight, bits)
+    truth = torch.fake_quantize_per_channel_affine(weight, scale, zero_point.int(), 0, 0, 2**bits - 1)
+    torch.testing.assert_close(quantizers.fake_quantize(weight, bits), truth, rtol=0, atol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(bits=st.integers(1, 8), seed=st.integers(0, 10_000), shift=st.floats(-3, 3))
+def test_codes_fit_and_zero_is_exact(bits, seed, shift):
+    weight = _weight(seed, (4, 9)) + shift
+    weight[:, 0] = 0
+    quantized = quantizers.quantize(weight, bits)
+    assert int(quantized.codes.max()) < 2**bits
+    assert (quantized.dequantize()[:, 0] == 0).all()
+    assert len(np.unique(quantized.codes[0])) <= 2**bits
+
+
+def test_range_search_finds_the_best_of_its_grid():
+    weight, bits = _weight(3, (1, 200)), 3
+    errors = []
+    for step in range(quantizers.SHRINKS):
+        low, high = (edge.item() * (1 - step / 100) for edge in weight.aminmax())
+        scale = (high - low) / (2**bits - 1)
+        zero = round(-low / scale)
+        codes = (weight / scale).round().add(zero).clamp(0, 2**bits - 1)
+        errors.append((((codes - zero) * scale - weight) ** 2).sum().item())
+    found = (quantizers.fake_quantize(weight, bits) - weight).square().sum().item()
+    assert found == pytest.approx(min(errors), rel=1e-5)
+    assert found < errors[0]
+
+
+def test_error_falls_with_bits():
+    weight = _weight(4)
+    errors = [(quantizers.fake_quantize(weight, bits) - weight).square().sum() for bits in range(1, 9)]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_scaling_a_channel_scales_its_quantized_weight():
+    weight, factors = _weight(5), torch.tensor([0.5, 1, 2, 4, 8, 0.25]).view(-1, 1, 1, 1)
+    torch.testing.assert_close(
+        quantizers.fake_quantize(weight * factors, 3), quantizers.fake_quantize(weight, 3) * factors
+    )
+
+
+def test_constant_and_zero_channels_survive():
+    weight = torch.stack([torch.zeros(9), torch.full((9,), 0.7), torch.full((9,), -0.7)])
+    torch.testing.assert_close(quantizers.fake_quantize(weight, 2), weight, rtol=0.02, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [0, 9])
+def test_bits_outside_one_to_eight_are_refused(bits):
+    with pytest.raises(InvalidBitsError, match="1 to 8"):
+        quantizers.quantize(_weight(0), bits)
+
+
+def test_selecting_from_the_bank_is_quantizing_afresh(study, profile, data):
+    network, layers = load_network(profile, data)
+    config = (2, 3, 4, 4, 3, 2)
+    network.select(config)
+    float_model = fold_batchnorm(load_checkpoint(profile, study / "model.safetensors"))
+    widths = dict(zip(network.bank.searchable, config, strict=True)) | dict(profile.pinned)
+    for name in layers["name"]:
+        truth = quantizers.fake_quantize(float_model.get_submodule(name).weight, widths[name])
+        assert torch.equal(network.model.get_submodule(name).weight, truth)
+
+
+def test_bad_configurations_are_refused(study, profile, data):
+    network, _ = load_network(profile, data)
+    with pytest.raises(ConfigLengthError, match="needs 6 bit widths"):
+        network.select((2, 3))
+    with pytest.raises(InvalidBitsError, match="5 bits in slot 1"):
+        network.select((2, 5, 2, 2, 2, 2))
+
+
+def test_activation_ranges_cover_what_calibration_shows(study, profile, data):
+    model = fold_batchnorm(load_checkpoint(profile, study / "model.safetensors"))
+    layers = layer_table(model, profile)
+    ranges = quantizers.choose_activation_ranges(model, layers, data.calibration, bits=8)
+    inputs = data.calibration.inputs()
+    rounded = ranges["conv1"].fake_quantize(inputs)
+    assert (rounded - inputs).abs().max() <= ranges["conv1"].scale * 0.51 + 1e-6
+    assert all(r.zero_point == 0 for name, r in ranges.items() if name not in ("conv1",))  # inputs after a ReLU
+
+
+def test_non_finite_activations_name_the_layer(study, profile, data):
+    model = fold_batchnorm(load_checkpoint(profile, study / "model.safetensors"))
+    layers = layer_table(model, profile)
+    model.get_submodule("layer1.0.conv1").weight.data.fill_(torch.inf)
+    with pytest.raises(UnsupportedModelError, match=r"layer1\.0\.conv2"):
+        quantizers.choose_activation_ranges(model, layers, data.calibration, bits=8)

@@ -1,0 +1,69 @@
+"""Training: resumed equals uninterrupted, augmentation moves pixels as it says, the digits are learned."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from emq_lib import training
+from emq_lib.datasets import Split
+from emq_lib.errors import CorruptArtefactError
+
+
+@pytest.fixture
+def short(profile):
+    return dataclasses.replace(profile, training=dataclasses.replace(profile.training, epochs=3))
+
+
+def test_interrupted_and_resumed_gives_the_same_weights(short, data, tmp_path, monkeypatch):
+    whole = training.train(short, data)
+    resume, epochs, run = tmp_path / "training.resume", [], training._train_epoch
+
+    def stops(*args, **kwargs):
+        if epochs:
+            raise KeyboardInterrupt
+        epochs.append(1)
+        run(*args, **kwargs)
+
+    monkeypatch.setattr(training, "_train_epoch", stops)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(short, data, resume=resume)
+    monkeypatch.setattr(training, "_train_epoch", run)
+    resumed = training.train(short, data, resume=resume)
+    assert resumed.validation_top1 == whole.validation_top1
+    assert not resume.exists()
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[key]), key
+
+
+def test_a_foreign_or_damaged_resume_file_is_refused(short, profile, data, tmp_path):
+    resume = tmp_path / "training.resume"
+    torch.save({"profile": repr(profile)}, resume)
+    with pytest.raises(CorruptArtefactError, match="belongs to another"):
+        training.train(short, data, resume=resume)
+    resume.write_bytes(resume.read_bytes()[:100])
+    with pytest.raises(CorruptArtefactError, match="cannot be read"):
+        training.train(short, data, resume=resume)
+
+
+def test_augmentation_shifts_mirrors_and_pads_with_zeros():
+    images = torch.arange(1, 26, dtype=torch.uint8).view(1, 1, 5, 5).expand(64, 1, 5, 5)
+    split = Split(images, torch.arange(64), torch.zeros(1), torch.ones(1))
+    out = training.augment(split, padding=1, flip=True, generator=torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(images[0, 0], (1, 1, 1, 1))
+    shifts = [padded[r : r + 5, c : c + 5] for r in range(3) for c in range(3)]
+    allowed = {tuple(v.flatten().tolist()) for shift in shifts for v in (shift, shift.flip(1))}
+    found = {tuple(image.flatten().tolist()) for image in out.images}
+    assert found <= allowed
+    assert len(found) > 9
+    assert torch.equal(out.labels, split.labels)
+
+
+def test_the_digits_are_learned_and_the_card_says_so(study):
+    with safe_open(str(study / "model.safetensors"), "pt") as file:
+        facts = {key: json.loads(value) for key, value in file.metadata().items()}
+    assert facts["top1"] > 95
+    history = facts["validation_top1"]
+    assert history[facts["epoch"] - 1] == max(history)
