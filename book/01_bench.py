@@ -179,7 +179,8 @@ configs = bench.sample_configs(len(bank.searchable), digits.choices, 40, rng=dig
 measured = [item for block in bench.measure(quantized, data.test, configs) for item in block]
 plain = {item.config: predict(quantized.select(item.config), data.test) for item in measured[:5]}
 assert all(
-    np.array_equal(item.correct, (plain[item.config].argmax(dim=1) == data.test.labels).numpy()) for item in measured[:5]
+    np.array_equal(item.correct, (plain[item.config].argmax(dim=1) == data.test.labels).numpy())
+    for item in measured[:5]
 )
 
 # %% [markdown]
@@ -188,7 +189,11 @@ assert all(
 # %%
 live = np.array([item.top1 for item in measured])
 chapter.claim(
-    "digits_spread", "The configurations of the digits span {:.0f} points of top-1.", np.ptp(live), within=(20, 100), n=len(live)
+    "digits_spread",
+    "The configurations of the digits span {:.0f} points of top-1.",
+    np.ptp(live),
+    within=(20, 100),
+    n=len(live),
 )
 
 # %% [markdown]
@@ -229,13 +234,17 @@ plt.show()
 # :::
 
 # %%
-chapter.claim("spread_min", "The worst random configuration has {:.1f} %,", sample.top1.min(), within=(0, 60), n=len(sample))
+chapter.claim(
+    "spread_min", "The worst random configuration has {:.1f} %,", sample.top1.min(), within=(0, 60), n=len(sample)
+)
 
 # %%
 chapter.claim("spread_max", "the best {:.1f} %;", sample.top1.max(), within=(60, 100), n=len(sample))
 
 # %%
-chapter.claim("spread_sd", "the standard deviation is {:.1f} points.", sample.top1.std(ddof=1), within=(2, 40), n=len(sample))
+chapter.claim(
+    "spread_sd", "the standard deviation is {:.1f} points.", sample.top1.std(ddof=1), within=(2, 40), n=len(sample)
+)
 
 # %% [markdown]
 # ## The noise floor
@@ -265,7 +274,10 @@ chapter.claim(
 # %%
 names = bench.load_layers(chapter.profile).query("searchable")["name"]
 effects = pd.DataFrame(
-    {b: [sample.top1[sample.configs[:, slot] == b].mean() for slot in range(len(names))] for b in chapter.profile.choices},
+    {
+        b: [sample.top1[sample.configs[:, slot] == b].mean() for slot in range(len(names))]
+        for b in chapter.profile.choices
+    },
     index=names,
 )
 
@@ -299,9 +311,7 @@ chapter.claim(
 # %% tags=["hide-input"]
 figure, ax = plt.subplots()
 size = measured.table["size_bytes"] / 2**10
-plot_scatter(
-    size[len(uniform) :], sample.top1, colour="#0072b2", xlabel="packed size (KiB)", ylabel="top-1 (%)", ax=ax
-)
+plot_scatter(size[len(uniform) :], sample.top1, colour="#0072b2", xlabel="packed size (KiB)", ylabel="top-1 (%)", ax=ax)
 ax.plot(size[: len(uniform)], uniform.top1, "o-", color="#d55e00")
 ax.annotate("uniform", (size[1], uniform.top1[1]), xytext=(8, -4), textcoords="offset points", color="#d55e00")
 plt.show()

@@ -121,7 +121,8 @@ solved
 middle = allocation.budget_for_average_bits(2.5, size, choices)
 tables = load_tables(chapter.profile)
 chosen = {
-    name: allocation.allocate(entry["table"], {"size": size}, {"size": middle}, choices) for name, entry in tables.items()
+    name: allocation.allocate(entry["table"], {"size": size}, {"size": middle}, choices)
+    for name, entry in tables.items()
 }
 assert all(one.optimal and one.costs["size"] <= middle for one in chosen.values())
 
@@ -183,7 +184,9 @@ except InfeasibleBudgetError as error:
 
 # %%
 results = quantization.load_quantization(chapter.profile)
-front = results[results["proxy"].isin([*quantization.FRONT_METHODS, "uniform"])].assign(KiB=results["size_bytes"] / 2**10)
+front = results[results["proxy"].isin([*quantization.FRONT_METHODS, "uniform"])].assign(
+    KiB=results["size_bytes"] / 2**10
+)
 
 # %% tags=["hide-input"]
 figure, ax = plt.subplots()
@@ -239,7 +242,10 @@ rho = load_heldout(chapter.profile).set_index("proxy")["rho100"]
 common = [name for name in wide.index if name in rho.index]
 show_table(
     pd.DataFrame(
-        {"average bits": wide.columns, "correlation": [spearman(rho[common], wide.loc[common, b]) for b in wide.columns]}
+        {
+            "average bits": wide.columns,
+            "correlation": [spearman(rho[common], wide.loc[common, b]) for b in wide.columns],
+        }
     ).dropna()
 )
 

@@ -91,7 +91,7 @@ class Measurement:
 
 @torch.inference_mode()
 def measure(
-    network: QuantizedNetwork, split: Split, configs: np.ndarray, *, batch_size: int = 250
+    network: QuantizedNetwork, split: Split, configs: np.ndarray, *, batch_size: int = 125
 ) -> Iterator[list[Measurement]]:
     """Measure configurations on every image of a split, block by block.
 
@@ -174,7 +174,8 @@ def measure_resumably(
         CorruptArtefactError: the partial file belongs to another checkpoint, other images or another profile.
     """
     folder, started = study_folder(profile), time.perf_counter()
-    key = {"profile": repr(profile), "images": data.digest, "checkpoint": sha256(folder / "model.safetensors")}
+    measured_by = (profile.choices, profile.pinned, profile.activation_bits, profile.quantizer, len(data.calibration))
+    key = {"how": repr(measured_by), "images": data.digest, "checkpoint": sha256(folder / "model.safetensors")}
     rows = PartialRows(folder / partial, key=key)
     measured, half = rows.read(), len(data.test) // 2
     names = [bits_text(config) for config in configs]

@@ -33,7 +33,7 @@ def load_tables(profile: Profile) -> dict[str, dict]:
     if has_study(profile, "evolution.jsonl"):
         started = time.perf_counter()
         statistics = load_statistics(profile)
-        genotype = parse(evolution.load_winner(profile)["genotype"])
+        genotype = parse(evolution.load_winner(profile)["best"])
         table = Evaluator(statistics).table(genotype)
         seconds = sum(statistics.seconds[key] for key in ("errors", "gradients", "activations"))
         tables["evolved"] = {
@@ -65,7 +65,14 @@ def build_heldout(profile: Profile) -> None:
     ]
     halves = ranking.noise_ceiling(heldout.half_a, heldout.half_b, rng=rng).halves
     rows.append(
-        {"proxy": "noise ceiling", "variant": "ceiling", "n": len(heldout), "rho100": halves.value, "lo": halves.lo, "hi": halves.hi}
+        {
+            "proxy": "noise ceiling",
+            "variant": "ceiling",
+            "n": len(heldout),
+            "rho100": halves.value,
+            "lo": halves.lo,
+            "hi": halves.hi,
+        }
     )
     table = pd.DataFrame(rows).assign(quantizer=profile.quantizer)
     with atomic_path(study_folder(profile) / "heldout.csv") as path:

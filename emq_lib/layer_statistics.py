@@ -45,7 +45,7 @@ class LayerStatistics:
         weights: W, (C_out, K) per layer.
         activations: A, (C_in, M) per layer: a fixed sample of the layer's inputs.
         gradients: G, (C_out, K) per layer: gradient of the mean cross-entropy on the calibration images.
-        curvature: H, (C_out, K) per layer: diagonal of the empirical Fisher matrix, the mean squared gradient per image.
+        curvature: H, (C_out, K) per layer: diagonal of the empirical Fisher, the mean squared gradient per image.
         errors: E, (B, C_out, K) per layer: Q_b(W) - W.
         trace: trace of the Hessian of the mean cross-entropy per layer, shape (S,).
         trace_error: its standard error over the calibration images, shape (S,).

@@ -34,7 +34,7 @@ class EvolutionBudget:
 
     population: int = 50
     iterations: int = 1_000
-    seeds: int = 10
+    seeds: int = 5
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ register(
         training=TrainingRecipe(epochs=12, batch_size=64, max_lr=0.2, crop_padding=1, flip=False, precision="float32"),
         validation_images=198,
         calibration_images=256,
-        bench_configs=120,
+        bench_configs=240,
         evolution=EvolutionBudget(population=30, iterations=300, seeds=3),
     )
 )

@@ -110,7 +110,7 @@ def bit_snip(statistics: LayerStatistics) -> np.ndarray:
 
 @proxy("bit-Synflow", reads=("synflow",))
 def bit_synflow(statistics: LayerStatistics) -> np.ndarray:
-    """Bit-weighted Synflow: T[l, b] = b sum |W * dR/dW| (Tanaka et al. 2020; weighted by bits as in Dong et al. 2023)."""
+    """Bit-weighted Synflow: T[l, b] = b sum |W * dR/dW| (Tanaka et al. 2020, weighted by bits)."""
     return statistics.synflow[:, None] * bit_sum(statistics)
 
 
@@ -122,7 +122,7 @@ def hawq_v2(statistics: LayerStatistics) -> np.ndarray:
 
 @proxy("Fisher error", reads=("gradients", "errors"))
 def fisher_error(statistics: LayerStatistics) -> np.ndarray:
-    """Squared error weighted by the empirical Fisher diagonal: T[l, b] = -sum F_l * E_lb^2 (FIT, Zandonati et al. 2022)."""
+    """Squared error weighted by the empirical Fisher diagonal: T[l, b] = -sum F_l * E_lb^2 (as in FIT, 2022)."""
     pairs = zip(statistics.curvature, statistics.errors, strict=True)
     return -np.stack([(h * e.square()).sum(dim=(1, 2)).double().numpy() for h, e in pairs])
 

@@ -10,22 +10,22 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from torch import nn
 
 from emq_lib.allocation import allocate, budget_for_average_bits
 from emq_lib.artefacts import atomic_path, checked_path, record, study_folder
 from emq_lib.bench import Bench, bits_text, load_network, measure_resumably
-from emq_lib.costs import CostTable, bops_cost, choice_indices, size_cost
+from emq_lib.costs import CostTable, bops_cost, size_cost
 from emq_lib.datasets import ImageData
 from emq_lib.profiles import Profile
-from emq_lib.quantizers import QuantizedNetwork
 
 FRONT = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75)
 FRONT_METHODS = ("bit sum", "HAWQ-V2", "sqrt one-layer KL", "evolved")
 RANDOM_DRAWS = 5
 
 
-def random_within(cost: CostTable, budget: float, choices: Sequence[int], *, rng: np.random.Generator) -> tuple[int, ...]:
+def random_within(
+    cost: CostTable, budget: float, choices: Sequence[int], *, rng: np.random.Generator
+) -> tuple[int, ...]:
     """Draw a random configuration that uses a budget up: from the smallest one, raise random layers while they fit.
 
     Args:
@@ -65,7 +65,13 @@ def choose_configurations(profile: Profile, tables: Mapping[str, Mapping], size:
             started = time.perf_counter()
             best = allocate(entry["table"], {"size": size}, {"size": budget}, profile.choices)
             seconds = entry["seconds"] + time.perf_counter() - started
-            row = {"proxy": name, "variant": entry["variant"], "seed": 0, "bits": bits_text(best.bits), "seconds": seconds}
+            row = {
+                "proxy": name,
+                "variant": entry["variant"],
+                "seed": 0,
+                "bits": bits_text(best.bits),
+                "seconds": seconds,
+            }
             rows.append(shared | row)
         rng = profile.rng(f"random at {average}")
         for seed in range(RANDOM_DRAWS):

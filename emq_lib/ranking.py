@@ -217,8 +217,8 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 def partial_rho(scores: np.ndarray, accuracy: np.ndarray, covariates: np.ndarray) -> float:
     """Return Spearman's partial correlation of scores and accuracy at fixed covariates.
 
-    All columns are replaced by their ranks; the ranks of the covariates are regressed out of the other two; what is left
-    is correlated.
+    All columns are replaced by their ranks; those of the covariates are regressed out of the other two; what is left is
+    correlated.
 
     Args:
         scores: shape (N,).
@@ -239,7 +239,7 @@ def partial_rho(scores: np.ndarray, accuracy: np.ndarray, covariates: np.ndarray
 
 
 def noise_ceiling(half_a: np.ndarray, half_b: np.ndarray, *, rng: np.random.Generator) -> NoiseCeiling:
-    """Return how well the accuracies on one half of the test images rank configurations as those on the other half do."""
+    """Return how well the accuracies on one half of the test images rank as those on the other half do."""
     halves = bootstrap_rho(half_a, half_b, rng=rng)
     return NoiseCeiling(halves, 2 * halves.value / (1 + halves.value))
 

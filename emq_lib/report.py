@@ -282,3 +282,39 @@ def plot_heatmap(bits: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_yticks(range(bits.shape[0]), bits.index, fontsize=8)
     ax.grid(visible=False)
     return ax
+
+
+def plot_tables(tables: Mapping[str, np.ndarray], *, ax: Axes | None = None) -> Axes:
+    """Draw what the fewest instead of the most bits cost in each layer, as a share of the table's total.
+
+    Args:
+        tables: method -> score table (S, B).
+        ax: axes to draw on.
+    """
+    ax = ax or plt.gca()
+    for name, table in tables.items():
+        loss = table[:, -1] - table[:, 0]
+        ax.plot(range(1, len(loss) + 1), loss / loss.sum(), marker="o", markersize=3, label=name, color=COLOURS[name])
+    ax.set(xlabel="searchable layer, in forward order", ylabel="share of the loss at the fewest bits")
+    ax.legend(frameon=False, fontsize=7, ncols=2)
+    return ax
+
+
+def plot_dots(table: pd.DataFrame, *, float_top1: float, ax: Axes | None = None) -> Axes:
+    """Draw one row per method and one symbol per budget, the float accuracy as a dashed line.
+
+    Args:
+        table: top-1 in percent, index method, one column per number of average bits; entries may be missing.
+        float_top1: accuracy of the float network.
+        ax: axes to draw on.
+    """
+    ax = ax or plt.gca()
+    ordered = table.sort_values(list(table.columns)[1])
+    shades = plt.get_cmap("cividis")(np.linspace(0.05, 0.85, table.shape[1]))
+    for (average, column), shade in zip(ordered.items(), shades, strict=True):
+        ax.scatter(column, range(len(column)), color=shade, s=26, label=f"{average:g} bits", zorder=3)
+    ax.axvline(float_top1, color="#8a8a8a", linestyle="--", linewidth=1)
+    ax.set_yticks(range(len(ordered)), ordered.index)
+    ax.set(xlabel="top-1 on all test images (%)")
+    ax.legend(frameon=False, fontsize=8, loc="upper left")
+    return ax

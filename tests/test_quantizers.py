@@ -108,3 +108,11 @@ def test_non_finite_activations_name_the_layer(study, profile, data):
     model.get_submodule("layer1.0.conv1").weight.data.fill_(torch.inf)
     with pytest.raises(UnsupportedModelError, match=r"layer1\.0\.conv2"):
         quantizers.choose_activation_ranges(model, layers, data.calibration, bits=8)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 3.7), (-2.4, 2.7)])
+def test_activation_rounding_is_torchs_fake_quantize(low, high):
+    x = torch.rand(4, 3, 9, 9, generator=torch.Generator().manual_seed(6)) * (high - low) * 1.2 + low
+    scale, zero = quantizers._affine(torch.tensor(low), torch.tensor(high), 8)
+    found = quantizers.ActivationRange(scale.item(), int(zero), 8).fake_quantize(x)
+    assert torch.equal(found, torch.fake_quantize_per_tensor_affine(x, scale.item(), int(zero), 0, 255))

@@ -1,0 +1,51 @@
+# Needs Python 3.11 or newer and make; everything else is installed into .venv from requirements.lock.
+PYTHON ?= python3
+PROFILE ?= cifar10-resnet20
+REBUILD ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PYTHONPATH :=
+export JUPYTER_PATH := $(CURDIR)/$(VENV)/share/jupyter
+
+.DEFAULT_GOAL := help
+.PHONY: help env book notebooks test lint lab lock clean
+
+help:  ## list what make can do
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@echo "Variables: PROFILE (default cifar10-resnet20), REBUILD=1 (compute the study afresh), PYTHON"
+
+env: $(READY)  ## make the environment in .venv
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.x')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+book: $(READY)  ## execute the chapters and build the pages: make book [PROFILE=...] [REBUILD=1]
+	$(BIN)/python -m emq_lib.publishing book --profile $(PROFILE) $(if $(REBUILD),--rebuild)
+
+notebooks: $(READY)  ## execute the chapters and refresh the outputs of book/*.ipynb
+	$(BIN)/python -m emq_lib.publishing notebooks --profile $(PROFILE)
+
+lint: $(READY)
+	$(BIN)/ruff check emq_lib tests book/*.py
+	$(BIN)/ruff format --check emq_lib tests book/*.py
+
+test: lint  ## lint, unit tests, doctests, and every chapter live on digits-resnet8
+	$(BIN)/python -m pytest -q --durations=8
+
+lab: $(READY)  ## open the chapters in JupyterLab
+	$(BIN)/jupyter lab book
+
+lock: $(READY)  ## resolve requirements.lock afresh from pyproject.toml
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --group test --no-header --no-annotate \
+		--output-file requirements.lock pyproject.toml
+
+clean:  ## remove what was built, and the environment
+	rm -rf _build $(VENV)

@@ -1,0 +1,36 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Ledger
+#
+# Every number that the chapters claim, with its 95 % interval where it is an estimate, the number of observations behind it, the bounds that the
+# claim asserts, and what is known of the paper's number. The table is written by the chapters as they run; nothing in it is
+# typed.
+
+# %% tags=["parameters"]
+PROFILE = "cifar10-resnet20"  # which study the chapter shows
+REBUILD = False  # the ledger reads what the chapters wrote; both values do the same
+
+# %% tags=["hide-input"]
+from emq_lib.report import read_ledger, show_table, start_chapter
+
+chapter = start_chapter("ledger", PROFILE, REBUILD)
+
+# %%
+ledger = read_ledger(chapter)
+assert ledger["key"].is_unique
+show_table(ledger[["chapter", "sentence", "value", "lo", "hi", "n", "paper"]], decimals=3)
+
+# %%
+chapter.claim("claims", "The chapters make {:.0f} claims, each of them computed above.", len(ledger), within=(20, 500))

@@ -1,0 +1,152 @@
+"""Executing the chapters and building the pages: the module behind ``make book`` and ``make notebooks``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import jupytext
+import nbformat
+import papermill
+import yaml
+from papermill.exceptions import PapermillExecutionError
+
+from emq_lib.artefacts import REPOSITORY
+from emq_lib.errors import EMQError
+from emq_lib.profiles import get_profile
+
+KERNEL = "python3"
+INJECTED = "injected-parameters"
+
+
+class ChapterError(EMQError, RuntimeError):
+    """A chapter or the build of the pages failed."""
+
+
+def chapter_names() -> list[str]:
+    """Return the notebooks of the book in the order of ``_toc.yml``, without ending, e.g. "01_bench"."""
+    toc = yaml.safe_load((REPOSITORY / "_toc.yml").read_text())
+    files = [pathlib.PurePath(entry["file"]) for entry in toc["chapters"]]
+    return [file.name for file in files if (REPOSITORY / file).with_suffix(".py").is_file()]
+
+
+def execute(name: str, profile: str, *, rebuild: bool, build: pathlib.Path, study_root: pathlib.Path | None) -> float:
+    """Execute one chapter with papermill into `build`/source/book.
+
+    The cells come from the chapter's ``.py``; the notebook in ``book/`` is not touched.
+
+    Args:
+        name: chapter without ending.
+        profile: parameter PROFILE.
+        rebuild: parameter REBUILD.
+        build: folder of this build; claims go to its folder ``ledger``.
+        study_root: folder of the studies instead of ``data/``.
+
+    Returns:
+        wall time in seconds.
+
+    Raises:
+        ChapterError: a cell failed; the message names the chapter, the cell and where the notebook so far is.
+    """
+    target = build / "source" / "book" / f"{name}.ipynb"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source = build / "input" / f"{name}.ipynb"
+    source.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(_read_source(name), source)
+    environment = {"EMQ_LEDGER_DIR": str(build / "ledger")}
+    if study_root is not None:
+        environment["EMQ_STUDY_ROOT"] = str(study_root)
+    before = {key: os.environ.get(key) for key in environment}
+    os.environ.update(environment)
+    started = time.perf_counter()
+    try:
+        papermill.execute_notebook(
+            str(source),
+            str(target),
+            parameters={"PROFILE": profile, "REBUILD": rebuild},
+            kernel_name=KERNEL,
+            cwd=str(REPOSITORY / "book"),
+            progress_bar=False,
+        )
+    except PapermillExecutionError as error:
+        raise ChapterError(
+            f"Chapter {name} failed in cell {error.cell_index}: {error.ename}: {error.evalue} See {target}"
+        ) from error
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key) if value is None else os.environ.update({key: value})
+    return time.perf_counter() - started
+
+
+def build_pages(build: pathlib.Path, html: pathlib.Path) -> pathlib.Path:
+    """Build the HTML of executed chapters with every warning an error; return the path of its first page.
+
+    Raises:
+        ChapterError: Sphinx warned or failed.
+    """
+    source = build / "source"
+    ignored = shutil.ignore_patterns("*.ipynb", "*.py", "__pycache__", ".ipynb_checkpoints")
+    shutil.copytree(REPOSITORY / "book", source / "book", dirs_exist_ok=True, ignore=ignored)
+    for name in ("_config.yml", "_toc.yml"):
+        shutil.copy(REPOSITORY / name, source / name)
+    shutil.rmtree(build / "pages", ignore_errors=True)
+    options = ["--warningiserror", "--keep-going", "--nitpick", "--all", "--path-output", str(build / "pages")]
+    command = [sys.executable, "-m", "jupyter_book.cli.main", "build", str(source), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ChapterError(f"The pages were not built:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+    shutil.rmtree(html, ignore_errors=True)
+    shutil.copytree(build / "pages" / "_build" / "html", html)
+    return html / "index.html"
+
+
+def refresh_outputs(name: str, build: pathlib.Path) -> None:
+    """Write a chapter's executed outputs into its notebook in ``book/``, without a trace of papermill."""
+    executed = nbformat.read(build / "source" / "book" / f"{name}.ipynb", as_version=4)
+    run = [cell for cell in executed.cells if INJECTED not in cell.metadata.get("tags", [])]
+    notebook = _read_source(name)
+    notebook.metadata["language_info"] = {"name": "python"}
+    for cell, done in zip(notebook.cells, run, strict=True):
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = done.outputs, done.execution_count
+    nbformat.write(notebook, REPOSITORY / "book" / f"{name}.ipynb")
+
+
+def _read_source(name: str) -> nbformat.NotebookNode:
+    """Return a chapter's cells from its ``.py``, with cell ids that do not change from run to run."""
+    notebook = jupytext.read(REPOSITORY / "book" / f"{name}.py")
+    for index, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{index:03d}"
+    return notebook
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m emq_lib.publishing", description=__doc__)
+    parser.add_argument("action", choices=("book", "notebooks"))
+    parser.add_argument("--profile", default="cifar10-resnet20", help="study that the chapters show")
+    parser.add_argument("--rebuild", action="store_true", help="compute the study afresh instead of reading it")
+    options = parser.parse_args(arguments)
+    build = REPOSITORY / "_build" / options.profile
+    try:
+        get_profile(options.profile)
+        for name in chapter_names():
+            print(f"{name} ...", end=" ", flush=True)
+            print(f"{execute(name, options.profile, rebuild=options.rebuild, build=build, study_root=None):.0f} s")
+            if options.action == "notebooks":
+                refresh_outputs(name, build)
+        if options.action == "book":
+            print(f"The book: {build_pages(build, build / 'html')}")
+    except EMQError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
