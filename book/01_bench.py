@@ -119,7 +119,7 @@ def squared_error(shrink: float) -> float:
 shrinks = [1 - step / 100 for step in range(quantizers.SHRINKS)]
 errors = [squared_error(shrink) for shrink in shrinks]
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Squared error of one channel at 2 bits against the range that is kept. The smallest error (vertical line) is not at 100 %: cutting off the largest weights pays.", "name": "fig-01-1"}, "image": {"alt": "Curve of squared error against the share of the range that is kept. It has a minimum below 100 %, marked by a vertical line, and rises on both sides."}}
 figure, ax = plt.subplots()
 ax.plot(np.multiply(shrinks, 100), errors, color="#0072b2")
 ax.axvline(100 * shrinks[int(np.argmin(errors))], color="#d55e00")
@@ -127,11 +127,6 @@ ax.set(xlabel="range kept (%)", ylabel="squared error of the channel", yscale="l
 plt.show()
 
 # %% [markdown]
-# :::{div} figure-caption
-# Squared error of one channel at 2 bits against the range that is kept. The smallest error (vertical line) is not at
-# 100 %: cutting off the largest weights pays.
-# :::
-#
 # The library does the same for all channels at once. Its source, and the check that both agree:
 
 # %%
@@ -221,17 +216,11 @@ show_table(measured.table.head(6).assign(bits=lambda table: table["bits"].map(be
 # One row is one configuration on all test images: top-1, cross-entropy, the correct answers in two fixed halves of the
 # images, packed size and bit operations (BOPs). How are they spread?
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Top-1 of the random configurations, with the uniform ones and the float network marked. Bits decide between useless and nearly lossless.", "name": "fig-01-2"}, "image": {"alt": "Histogram of top-1 over random configurations, wide and skewed, with vertical lines for uniform 2, 3 and 4 bits and for the float network."}}
 figure, ax = plt.subplots()
 marks = {f"all {row.bits[0]}": row.top1 for row in uniform.table.itertuples()} | {"float": card["top1"]}
 plot_histogram(sample.top1, marks, xlabel="top-1 on all test images (%)", ax=ax)
 plt.show()
-
-# %% [markdown]
-# :::{div} figure-caption
-# Top-1 of the random configurations, with the uniform ones and the float network marked. Bits decide between useless
-# and nearly lossless.
-# :::
 
 # %%
 chapter.claim(
@@ -281,16 +270,10 @@ effects = pd.DataFrame(
     index=names,
 )
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Mean top-1 by the bits of each layer, layers in forward order. Going from 2 to 3 bits buys most of the accuracy, and layers differ widely in how much.", "name": "fig-01-3"}, "image": {"alt": "Three lines of mean top-1 against the layer, one for 2, 3 and 4 bits. The line for 2 bits lies lowest at every layer, at some of them far lower."}}
 figure, ax = plt.subplots()
 plot_by_bits(effects, ax=ax)
 plt.show()
-
-# %% [markdown]
-# :::{div} figure-caption
-# Mean top-1 by the bits of each layer, layers in forward order. Going from 2 to 3 bits buys most of the accuracy, and
-# layers differ widely in how much.
-# :::
 
 # %%
 gain = (effects[3] - effects[2]).sort_values(ascending=False)
@@ -308,19 +291,13 @@ chapter.claim(
 # %% [markdown]
 # Is it then only a matter of spending bits? Plot accuracy against packed size.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Top-1 against packed size, one point per random configuration. At any one size the accuracies still spread over tens of points: size alone does not decide.", "name": "fig-01-4"}, "image": {"alt": "Scatter of top-1 against packed size, a wide cloud rising to the right, with the uniform configurations joined by a line."}}
 figure, ax = plt.subplots()
 size = measured.table["size_bytes"] / 2**10
 plot_scatter(size[len(uniform) :], sample.top1, colour="#0072b2", xlabel="packed size (KiB)", ylabel="top-1 (%)", ax=ax)
 ax.plot(size[: len(uniform)], uniform.top1, "o-", color="#d55e00")
 ax.annotate("uniform", (size[1], uniform.top1[1]), xytext=(8, -4), textcoords="offset points", color="#d55e00")
 plt.show()
-
-# %% [markdown]
-# :::{div} figure-caption
-# Top-1 against packed size, one point per random configuration. At any one size the accuracies still spread over tens
-# of points: size alone does not decide.
-# :::
 
 # %%
 middle = sample.table["size_bytes"].rank(pct=True).between(0.45, 0.55).to_numpy()

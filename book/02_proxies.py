@@ -149,17 +149,12 @@ shown = [
     "additive oracle",
 ]
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "What 2 bits instead of 4 cost in each layer, as a share of a proxy's total. The proxies disagree about which layers matter, and the additive oracle (fitted to measured accuracies) disagrees with all of them somewhere.", "name": "fig-02-1"}, "image": {"alt": "Six lines, one per method, of the share of the loss at the fewest bits against the layer; they peak at different layers."}}
 figure, ax = plt.subplots()
 plot_tables({name: tables[name]["table"] for name in shown}, ax=ax)
 plt.show()
 
 # %% [markdown]
-# :::{div} figure-caption
-# What 2 bits instead of 4 cost in each layer, as a share of a proxy's total. The proxies disagree about which layers matter, and the
-# additive oracle (fitted to measured accuracies) disagrees with all of them somewhere.
-# :::
-#
 # ## Two halves
 #
 # The random configurations are cut once into a *search half* and a *held-out half*. Fitting, choosing and evolving look at the first only;
@@ -170,7 +165,7 @@ search, heldout = bench.split()
 scores = {name: gather(entry["table"], heldout.configs, chapter.profile.choices) for name, entry in tables.items()}
 chapter.claim("heldout_n", "The held-out half has {:.0f} configurations.", len(heldout), within=(30, 10_000))
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Measured top-1 against score, one point per held-out configuration. Counting bits gives a cloud; the square root of the one-layer divergence gives a band.", "name": "fig-02-2"}, "image": {"alt": "Two scatter plots of top-1 against score. The left cloud, bit sum, is wide; the right one, square root of the one-layer divergence, is a narrower band."}}
 figure, axes = plt.subplots(1, 2, figsize=(6.5, 3.2), sharey=True)
 for ax, proxy in zip(axes, ("bit sum", "sqrt one-layer KL"), strict=True):
     plot_scatter(scores[proxy], heldout.top1, colour="#0072b2", xlabel=f"score: {proxy}", ylabel="", ax=ax)
@@ -178,11 +173,6 @@ axes[0].set_ylabel("top-1 (%)")
 plt.show()
 
 # %% [markdown]
-# :::{div} figure-caption
-# Measured top-1 against score, one point per held-out configuration. Counting bits gives a cloud; the square root of the one-layer divergence
-# gives a band.
-# :::
-#
 # ## The held-out table
 #
 # Spearman's rho among all configurations (rho@100) and among the 50 and 20 % that a proxy ranks highest, as the paper measures;
@@ -194,18 +184,12 @@ results = load_heldout(chapter.profile)
 results = results[results["proxy"] != "evolved"].sort_values("rho100", ascending=False)
 show_table(results[["proxy", "n", "rho20", "rho50", "rho100", "lo", "hi", "partial_rho", "kendall", "seconds"]])
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "rho on the held-out half with 95 % intervals. Proxies that look at what rounding does to the network lead; counting parameters is the weakest. The bench's own noise ceiling (grey band) is far from all of them.", "name": "fig-02-3"}, "image": {"alt": "One row per proxy with its rho as a point and its interval as a line, sorted, and a narrow vertical band for the noise ceiling on the right."}}
 figure, ax = plt.subplots(figsize=(6.5, 4.6))
 ceiling = results.query("proxy == 'noise ceiling'").iloc[0]
 rows = results[results["variant"].isin(["trivial", "corrected", "oracle"])]
 plot_forest(rows, bands={"noise ceiling": (ceiling.lo, ceiling.hi)}, ax=ax)
 plt.show()
-
-# %% [markdown]
-# :::{div} figure-caption
-# rho on the held-out half with 95 % intervals. Proxies that look at what rounding does to the network lead; counting parameters is the weakest. The
-# bench's own noise ceiling (grey band) is far from all of them.
-# :::
 
 # %%
 row = results.set_index("proxy").loc["bit sum"]

@@ -169,25 +169,21 @@ generations[-1].best, generations[-1].fitness
 # %%
 log = pd.DataFrame(evolution.load_evolution(chapter.profile))
 final = log.sort_values("iteration").groupby(["structure", "method", "seed"]).tail(1)
-summary = final.groupby(["structure", "method"])[["fitness", "evaluations", "rejected", "duplicates"]].mean().reset_index()
+summary = (
+    final.groupby(["structure", "method"])[["fitness", "evaluations", "rejected", "duplicates"]].mean().reset_index()
+)
 show_table(summary)
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Best fitness against evaluations, one curve per seed. Where the curves of evolution lie above those of random search at the same number of evaluations, selection earns its keep.", "name": "fig-03-1"}, "image": {"alt": "Two panels, linear and branched, of best fitness against evaluations; step curves of evolution and of random search, one per seed."}}
 figure, axes = plt.subplots(1, 2, figsize=(6.5, 3.4), sharey=True)
 for ax, structure in zip(axes, search_space.STRUCTURES, strict=True):
     for method, colour in (("evolution", "evolved"), ("random search", "random")):
-        runs = log.query("structure == @structure and method == @method").groupby("seed")
+        runs = log[(log["structure"] == structure) & (log["method"] == method)].groupby("seed")
         curves = {colour: [(run["evaluations"].to_numpy(), run["fitness"].to_numpy()) for _, run in runs]}
         plot_curves(curves, xlabel="fitness evaluations", ylabel="", ax=ax)
     ax.set_title(structure)
 axes[0].set_ylabel("best fitness (search half)")
 plt.show()
-
-# %% [markdown]
-# :::{div} figure-caption
-# Best fitness against evaluations, one curve per seed. Where the curves of evolution lie above those of random search at the same number of
-# evaluations, selection earns its keep.
-# :::
 
 # %%
 paired = final.pivot(index=["structure", "seed"], columns="method", values="fitness")
@@ -221,10 +217,17 @@ results = load_heldout(chapter.profile).set_index("proxy")
 hand_made = results[results["variant"] == "corrected"]
 best_name = hand_made["search_fitness"].idxmax()
 best, evolved = results.loc[best_name], results.loc["evolved"]
-chapter.claim("evolved_fitness", "Fitness of the evolved proxy on the search half: {:.2f}", evolved.search_fitness, within=(0.3, 1))
+chapter.claim(
+    "evolved_fitness",
+    "Fitness of the evolved proxy on the search half: {:.2f}",
+    evolved.search_fitness,
+    within=(0.3, 1),
+)
 
 # %%
-chapter.claim("hand_fitness", f"Fitness of the best hand-made one ({best_name}): {{:.2f}}", best.search_fitness, within=(0.2, 1))
+chapter.claim(
+    "hand_fitness", f"Fitness of the best hand-made one ({best_name}): {{:.2f}}", best.search_fitness, within=(0.2, 1)
+)
 
 # %%
 chapter.claim(
@@ -247,7 +250,7 @@ chapter.claim(
     n=int(best.n),
 )
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Held-out rho with 95 % intervals, the evolved proxy among the hand-made ones, the additive oracle and the noise ceiling.", "name": "fig-03-2"}, "image": {"alt": "One row per proxy with rho and interval, the evolved proxy in vermilion among the hand-made ones, with the noise ceiling on the right."}}
 figure, ax = plt.subplots(figsize=(6.5, 4.6))
 ceiling = results.loc["noise ceiling"]
 rows = results[results["variant"] != "ceiling"].reset_index()
@@ -255,10 +258,6 @@ plot_forest(rows, bands={"noise ceiling": (ceiling.lo, ceiling.hi)}, ax=ax)
 plt.show()
 
 # %% [markdown]
-# :::{div} figure-caption
-# Held-out rho with 95 % intervals, the evolved proxy among the hand-made ones, the additive oracle and the noise ceiling.
-# :::
-#
 # The intervals of two proxies overlap more than their difference deserves, because both are scored on the same configurations. So
 # compare them on the same resamples:
 
@@ -298,16 +297,12 @@ chapter.claim(
     n=len(hand_made),
 )
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Measured top-1 against the evolved score on the held-out configurations.", "name": "fig-03-3"}, "image": {"alt": "Scatter of top-1 against the evolved score, one point per held-out configuration."}}
 figure, ax = plt.subplots()
 plot_scatter(scores["evolved"], heldout.top1, colour="#d55e00", xlabel="score: evolved", ylabel="top-1 (%)", ax=ax)
 plt.show()
 
 # %% [markdown]
-# :::{div} figure-caption
-# Measured top-1 against the evolved score on the held-out configurations.
-# :::
-#
 # ## What we found
 #
 # - At equal evaluations evolution ends {glue:text}`gain_over_random:.3f` above random search in fitness.

@@ -126,18 +126,12 @@ chosen = {
 }
 assert all(one.optimal and one.costs["size"] <= middle for one in chosen.values())
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Bits per layer at 2.5 bits on average, one row per method. Counting bits starves the large late layers, because a bit costs least in a small layer; the methods that look at errors do not.", "name": "fig-04-1"}, "image": {"alt": "Grid of bit widths, one row per method and one column per layer, darker for fewer bits."}}
 figure, ax = plt.subplots(figsize=(6.5, 4.2))
 plot_heatmap(
     pd.DataFrame({name: one.bits for name, one in chosen.items()}, index=layers.query("searchable")["name"]).T, ax=ax
 )
 plt.show()
-
-# %% [markdown]
-# :::{div} figure-caption
-# Bits per layer at 2.5 bits on average, one row per method. Counting bits starves the large late layers, because a bit costs least in a
-# small layer; the methods that look at errors do not.
-# :::
 
 # %%
 searchable = average_bits_cost(layers, choices)
@@ -188,19 +182,13 @@ front = results[results["proxy"].isin([*quantization.FRONT_METHODS, "uniform"])]
     KiB=results["size_bytes"] / 2**10
 )
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Measured top-1 against packed size: each method's allocations, the uniform configurations, and the bench's random configurations as grey points. A good allocation beats uniform bits at the same size, a bad one does worse than chance.", "name": "fig-04-2"}, "image": {"alt": "Lines of measured top-1 against packed size, one per method, over a grey cloud of random configurations."}}
 figure, ax = plt.subplots()
 random = measured.select("random").table
 plot_scatter(random["size_bytes"] / 2**10, random["top1"], colour="#c4c4c4", xlabel="", ylabel="", ax=ax)
 plot_front(front, x="KiB", ax=ax)
 ax.set(xlabel="packed size (KiB)")
 plt.show()
-
-# %% [markdown]
-# :::{div} figure-caption
-# Measured top-1 against packed size: each method's allocations, the uniform configurations, and the bench's random configurations as grey points.
-# A good allocation beats uniform bits at the same size, a bad one does worse than chance.
-# :::
 
 # %%
 budgeted = results[results["average_bits"].isin(chapter.profile.budgets)]

@@ -95,7 +95,9 @@ with tempfile.TemporaryDirectory() as folder:
     on_disk, header = path.stat().st_size, export.header_bytes(path)
     loaded, loaded_biases, _ = export.load_packed(path)
 assert on_disk - header == row.size_bytes
-chapter.claim("payload", "The payload has {:,.0f} bytes, as claimed,", on_disk - header, within=(row.size_bytes, row.size_bytes))
+chapter.claim(
+    "payload", "The payload has {:,.0f} bytes, as claimed,", on_disk - header, within=(row.size_bytes, row.size_bytes)
+)
 
 # %%
 chapter.claim("header", "and the header of the file another {:,.0f}.", header, within=(100, 8_000))
@@ -107,7 +109,9 @@ chapter.claim("header", "and the header of the file another {:,.0f}.", header, w
 assert all(torch.equal(loaded[name].dequantize(), weights[name].dequantize()) for name in weights)
 assert all(torch.equal(loaded_biases[name], biases[name]) for name in weights)
 float_bytes = sum(tensor.numel() * 4 for tensor in model.state_dict().values())
-chapter.claim("compression", "It is {:.1f} times smaller than the folded float network.", float_bytes / on_disk, within=(4, 16))
+chapter.claim(
+    "compression", "It is {:.1f} times smaller than the folded float network.", float_bytes / on_disk, within=(4, 16)
+)
 
 # %% [markdown]
 # On the digits the whole way runs live: quantize, pack, load, put the loaded weights into the network, and classify.
@@ -145,15 +149,10 @@ budgets = results[results["average_bits"].isin(chapter.profile.budgets)]
 table = budgets.pivot_table(index="proxy", columns="average_bits", values="top1", aggfunc="mean")
 show_table(table.sort_values(3.0, ascending=False).reset_index(), decimals=1)
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Top-1 of each method's choice, one symbol per budget; the dashed line is the float network. The methods part at tight budgets and meet at loose ones.", "name": "fig-05-1"}, "image": {"alt": "One row per method with a dot per budget on an axis of top-1; the dots of tight budgets lie far left and spread most."}}
 figure, ax = plt.subplots(figsize=(6.5, 4.8))
 plot_dots(table, float_top1=float_top1, ax=ax)
 plt.show()
-
-# %% [markdown]
-# :::{div} figure-caption
-# Top-1 of each method's choice, one symbol per budget; the dashed line is the float network. The methods part at tight budgets and meet at loose ones.
-# :::
 
 # %%
 methods = table.drop(index=["uniform", "random"], errors="ignore")
@@ -179,7 +178,12 @@ chapter.claim(
 # %%
 uniform = table.loc["uniform", 3.0]
 chapter.claim(
-    "uniform_at_three", "and uniform 3 bits have {:.1f} %.", uniform, within=(30, 100), interval=interval(uniform), n=images
+    "uniform_at_three",
+    "and uniform 3 bits have {:.1f} %.",
+    uniform,
+    within=(30, 100),
+    interval=interval(uniform),
+    n=images,
 )
 
 # %% [markdown]

@@ -1,0 +1,82 @@
+"""The frame: dependency files agree, notebooks are pairs with clean outputs, the command line names its errors."""
+
+import tomllib
+
+import jupytext
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from emq_lib import publishing
+from emq_lib.artefacts import REPOSITORY
+
+CHAPTERS = publishing.chapter_names()
+
+
+@pytest.fixture(scope="module")
+def lock():
+    lines = [line for line in (REPOSITORY / "requirements.lock").read_text().splitlines() if line and line[0] != "#"]
+    pins = {}
+    for requirement in map(Requirement, lines):
+        pins.setdefault(canonicalize_name(requirement.name), []).append(requirement)
+    return pins
+
+
+def test_the_lock_pins_every_dependency_within_its_bounds(lock):
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    wanted = project["project"]["dependencies"] + project["dependency-groups"]["test"]
+    for requirement in map(Requirement, wanted):
+        pins = lock[canonicalize_name(requirement.name)]
+        for pin in pins:
+            version = next(iter(pin.specifier))
+            assert version.operator == "=="
+            assert requirement.specifier.contains(version.version), pin
+
+
+def test_the_lock_names_no_index():
+    text = (REPOSITORY / "requirements.lock").read_text()
+    assert not any(word in text for word in ("http", "index-url", "find-links"))
+
+
+def test_conda_users_get_the_lock():
+    environment = yaml.safe_load((REPOSITORY / "environment.yml").read_text())
+    *conda, pip = environment["dependencies"]
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert pip["pip"] == ["-r requirements.lock", "-e ."]
+    assert f">={conda[0].removeprefix('python=')}" == project["requires-python"]
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_notebooks_hold_the_cells_of_their_source_and_no_errors(name):
+    notebook = nbformat.read(REPOSITORY / "book" / f"{name}.ipynb", as_version=4)
+    source = jupytext.read(REPOSITORY / "book" / f"{name}.py")
+    assert [(c.cell_type, c.source) for c in notebook.cells] == [(c.cell_type, c.source) for c in source.cells]
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert outputs
+    assert not any(output.output_type == "error" for output in outputs)
+    assert not any(publishing.INJECTED in cell.metadata.get("tags", []) for cell in notebook.cells)
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_every_figure_has_a_caption_and_alt_text(name):
+    source = jupytext.read(REPOSITORY / "book" / f"{name}.py")
+    for cell in source.cells:
+        if "plt.show()" in cell.source:
+            described = cell.metadata["mystnb"]
+            assert len(described["figure"]["caption"]) > 40
+            assert len(described["image"]["alt"]) > 40
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_chapters_start_with_two_parameters_and_their_check(name):
+    code = [cell for cell in jupytext.read(REPOSITORY / "book" / f"{name}.py").cells if cell.cell_type == "code"]
+    assert code[0].metadata["tags"] == ["parameters"]
+    assert [line.split(" =")[0] for line in code[0].source.splitlines()] == ["PROFILE", "REBUILD"]
+    assert f'chapter = start_chapter("{name}", PROFILE, REBUILD)' in code[1].source
+
+
+def test_an_unknown_profile_ends_with_its_name_and_no_traceback(capsys):
+    assert publishing.main(["book", "--profile", "nope"]) == 2
+    assert "error: Unknown profile 'nope'. Known profiles" in capsys.readouterr().err
