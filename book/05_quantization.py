@@ -142,7 +142,7 @@ show_source(export.save_packed)
 # %%
 with safe_open(str(checked_path(chapter.profile, "model.safetensors")), "pt") as file:
     float_top1 = json.loads(file.metadata()["top1"])
-chapter.claim("float_accuracy", "The float network has {:.2f} %.", float_top1, within=(85, 100))
+chapter.claim("float_accuracy", "The float network has {:.2f} %.", float_top1, within={"cifar10-resnet20": (85, 100)})
 
 # %%
 budgets = results[results["average_bits"].isin(chapter.profile.budgets)]
@@ -170,7 +170,7 @@ chapter.claim(
     "best_at_three",
     f"At 3 bits on average the best choice ({methods[3.0].idxmax()}) has {{:.1f}} %",
     best,
-    within=(50, 100),
+    within={"cifar10-resnet20": (50, 100)},
     interval=interval(best),
     n=images,
 )
@@ -181,7 +181,7 @@ chapter.claim(
     "uniform_at_three",
     "and uniform 3 bits have {:.1f} %.",
     uniform,
-    within=(30, 100),
+    within={"cifar10-resnet20": (30, 100)},
     interval=interval(uniform),
     n=images,
 )

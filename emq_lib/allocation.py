@@ -24,8 +24,8 @@ from emq_lib.errors import InfeasibleBudgetError, InvalidParameterError, Invalid
 
 _INFEASIBLE = 2  # status of scipy.optimize.milp
 _MAGNITUDE = 1_000.0  # of the largest objective entry and of every limit; the solver's tolerances are absolute, 1e-6
-_MAX_CUTS = 50
-_TIGHTENING = 2e-6  # takes every limit out of the solver's tolerance
+_MAX_CUTS = 20
+_TIGHTENING = 1e-6  # of every limit: far beyond the solver's tolerance
 _SMALLEST_SHARE = 1e-12  # of a remaining budget; a step that costs less counts as this
 
 
@@ -39,7 +39,7 @@ class Allocation:
         costs: name -> total, fixed part included, for every cost that was given.
         gap: no configuration within the budgets scores more than `score + gap`.
         optimal: whether this is proven to be the best; False after a time limit, from an inexact method, or if costs
-            differ by less than a billionth of a budget and the solver cannot tell them apart.
+            differ by less than a billionth of a budget, which the solver cannot tell apart.
     """
 
     bits: tuple[int, ...]
@@ -123,7 +123,8 @@ def allocate(
     selected, bound, optimal = _solve(problem, start, time_limit)
     if selected is None and not optimal:
         raise UnsolvedAllocationError(
-            f"The solver found no configuration within {time_limit} seconds. Raise time_limit, or loosen a budget."
+            f"The solver stopped without a configuration (time limit: {time_limit} seconds). Raise time_limit, or "
+            "loosen a budget."
         )
     if selected is None:
         raise InfeasibleBudgetError(_conflict(problem, costs, budgets))
@@ -322,7 +323,7 @@ def _solve(
     bound = 0.0
     for attempt in range(_MAX_CUTS + 1):
         if attempt == _MAX_CUTS:
-            limits[: len(divisors)] -= _TIGHTENING
+            limits[: len(divisors)] *= 1 - _TIGHTENING
         constraints = [one_per_slot] + ([optimize.LinearConstraint(rows, -np.inf, limits)] if len(rows) else [])
         result = _milp(regrets / scale, constraints, time_limit)
         if result.x is None:
@@ -334,7 +335,7 @@ def _solve(
         if problem.fits(selected):
             break
         rows, limits = np.vstack([rows, _cover(problem, excesses, slots, chosen)]), np.append(limits, _MAGNITUDE)
-    if start is not None and problem.regret(start) < problem.regret(selected):
+    if not problem.fits(selected) or (start is not None and problem.regret(start) < problem.regret(selected)):
         selected = start
     return selected, bound, result.status == 0 and attempt < _MAX_CUTS
 

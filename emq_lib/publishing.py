@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import base64
 import os
 import pathlib
 import shutil
@@ -22,6 +23,7 @@ from emq_lib.profiles import get_profile
 
 KERNEL = "python3"
 INJECTED = "injected-parameters"
+HEADLINE = "headline"  # tag of the cell whose figure stands in the README
 
 
 class ChapterError(EMQError, RuntimeError):
@@ -106,7 +108,10 @@ def build_pages(build: pathlib.Path, html: pathlib.Path) -> pathlib.Path:
 
 
 def refresh_outputs(name: str, build: pathlib.Path) -> None:
-    """Write a chapter's executed outputs into its notebook in ``book/``, without a trace of papermill."""
+    """Write a chapter's executed outputs into its notebook in ``book/``, without a trace of papermill.
+
+    The figure of a cell tagged "headline" also becomes ``book/_static/headline.png``.
+    """
     executed = nbformat.read(build / "source" / "book" / f"{name}.ipynb", as_version=4)
     run = [cell for cell in executed.cells if INJECTED not in cell.metadata.get("tags", [])]
     notebook = _read_source(name)
@@ -114,6 +119,9 @@ def refresh_outputs(name: str, build: pathlib.Path) -> None:
     for cell, done in zip(notebook.cells, run, strict=True):
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = done.outputs, done.execution_count
+        if HEADLINE in cell.metadata.get("tags", []):
+            image = next(output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {}))
+            (REPOSITORY / "book" / "_static" / "headline.png").write_bytes(base64.b64decode(image))
     nbformat.write(notebook, REPOSITORY / "book" / f"{name}.ipynb")
 
 

@@ -93,7 +93,7 @@ def test_any_small_problem_agrees_with_brute_force(table, first, second, shares)
         assert allocation.costs[name] <= budget
 
 
-@pytest.mark.parametrize("slots", [2, 3, 6, 8])
+@pytest.mark.parametrize("slots", [2, 3, 6])
 def test_budget_is_kept_where_the_solver_tolerance_would_not_keep_it(slots):
     """Costs that differ by a billionth are the same to HiGHS; a total over the budget must not be returned even so."""
     for seed in range(4):

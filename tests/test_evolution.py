@@ -63,7 +63,7 @@ def test_a_planted_optimum_is_found(problem):
 def test_constants_and_infinities_are_rejected_before_fitness(problem):
     judge = _judge(problem)
     assert judge.judge(search_space.parse("linear(W: abs, mean)")) is None  # no bits in it
-    assert judge.judge(search_space.parse("linear(bW: exp, exp, exp, exp)")) is None  # overflows
+    assert judge.judge(search_space.parse("linear(bW: exp, exp, pow2, pow2)")) is None  # overflows
     assert (judge.rejected, judge.evaluations) == (2, 0)
 
 

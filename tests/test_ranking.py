@@ -8,7 +8,7 @@ from scipy import stats
 from sklearn.linear_model import LinearRegression
 
 from emq_lib import ranking
-from emq_lib.errors import InvalidScoreError
+from emq_lib.errors import ConfigLengthError, InvalidBitsError, InvalidParameterError, InvalidScoreError
 
 CHOICES = (2, 3, 4)
 
@@ -44,21 +44,74 @@ def test_many_proxies_at_once_get_the_same_fitness():
     assert np.isnan(ranking.fitness_many(scores, accuracy)[[3, 4]]).all()
 
 
-def test_a_stable_sort_breaks_ties():
+def test_of_equal_scores_the_first_stay():
+    scores, accuracy = np.array([5.0, 4, 3, 3, 3, 1]), np.array([6.0, 1, 5, 9, 9, 0])
+    assert ranking.rho_at(scores, accuracy, 50) == pytest.approx(stats.spearmanr(scores[:3], accuracy[:3]).statistic)
     scores = np.array([1.0, 1, 1, 1, 0, 0, 0, 0, 0, 0])
-    with pytest.raises(InvalidScoreError, match="the best 30 % all have the same"):
+    with pytest.raises(InvalidScoreError, match="the best 30 % all have the same score"):
         ranking.rho_at(scores, np.arange(10.0), 30)
+    with pytest.raises(InvalidScoreError, match="the best 30 % all have the same accuracy"):
+        ranking.rho_at(np.arange(10.0), np.array([0] * 7 + [1] * 3), 30)
 
 
-def test_interval_covers_the_truth_as_often_as_it_says():
-    correlation, n, rounds = 0.8, 150, 300
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), levels=st.integers(3, 40), percent=st.sampled_from([20, 50, 100]))
+def test_counting_draws_equals_ranking_them(seed, levels, percent):
+    rng = np.random.default_rng(seed)
+    scores, accuracy = rng.integers(levels, size=60).astype(float), rng.integers(levels, size=60).astype(float)
+    counts = ranking._draw(4, 60, rng)
+    assert (counts.sum(axis=1) == 60).all()
+    for found, row in zip(ranking._rho_of_counts(scores, accuracy, percent)(counts), counts, strict=True):
+        drawn = np.repeat(np.arange(60), row)
+        x, y = scores[drawn], accuracy[drawn]
+        kept = sorted(range(60), key=lambda i: -x[i])[: 60 * percent // 100]
+        if len(set(x[kept])) > 1 and len(set(y[kept])) > 1:
+            assert found == pytest.approx(stats.spearmanr(x[kept], y[kept]).statistic, abs=1e-12)
+        else:
+            assert np.isnan(found)
+
+
+def test_interval_agrees_with_scipys():
+    x, y = _pair(100, 0.9, 20)
+    found = ranking.bootstrap_rho(x, y, resamples=4_000, rng=np.random.default_rng(0))
+
+    def rho(a, b, axis):
+        return stats.spearmanr(a, b).statistic if a.ndim == 1 else ranking._correlation(a, b)
+
+    other = stats.bootstrap((x, y), rho, paired=True, n_resamples=4_000, method="BCa", rng=np.random.default_rng(1))
+    assert (found.lo, found.hi) == pytest.approx(other.confidence_interval, abs=0.008)
+
+
+@pytest.mark.parametrize(("correlation", "n"), [(0.8, 200), (0.99, 100)])
+def test_interval_covers_the_truth_as_often_as_it_says(correlation, n):
     truth = 6 / np.pi * np.arcsin(correlation / 2)  # Spearman's rho of a bivariate normal
     rng = np.random.default_rng(2)
     hits = []
-    for seed in range(rounds):
+    for seed in range(300):
         estimate = ranking.bootstrap_rho(*_pair(n, correlation, 1000 + seed), resamples=300, rng=rng)
         hits.append(estimate.lo <= truth <= estimate.hi)
     assert 0.91 <= np.mean(hits) <= 0.98  # 95 % with a binomial standard error of 1.3 points
+
+
+def test_a_perfect_ranking_has_an_interval_without_width():
+    x = np.arange(50.0)
+    estimate = ranking.bootstrap_rho(x, x**3, rng=np.random.default_rng(0))
+    assert (estimate.value, estimate.lo, estimate.hi) == pytest.approx((1, 1, 1))
+    assert str(estimate) == "1.00 [1.00, 1.00], n = 50"
+
+
+def test_a_higher_level_is_wider():
+    narrow, wide = (
+        ranking.bootstrap_rho(*_pair(80, 0.6, 1), level=level, rng=np.random.default_rng(0)) for level in (0.8, 0.99)
+    )
+    assert wide.lo < narrow.lo < narrow.hi < wide.hi
+    assert wide.level == 0.99
+
+
+def test_resamples_that_rank_nothing_are_not_passed_over():
+    scores = np.array([3.0, 2] + [1] * 48)
+    with pytest.raises(InvalidScoreError, match="resamples rank nothing"):
+        ranking.bootstrap_rho(scores, np.arange(50.0), percent=10, rng=np.random.default_rng(0))
 
 
 def test_bootstrap_repeats_with_its_seed_and_narrows_with_n():
@@ -91,16 +144,20 @@ def test_paired_comparison_sees_a_difference_that_unpaired_intervals_hide():
 def test_p_values_are_uniform_when_nothing_differs():
     rng = np.random.default_rng(6)
     p = []
-    for _ in range(150):
-        accuracy = rng.normal(size=60)
-        pair = accuracy + rng.normal(size=(2, 60))
-        p.append(ranking.compare(*pair, accuracy, resamples=200, rng=rng).p)
-    assert np.mean(np.array(p) < 0.05) < 0.12
+    for _ in range(200):
+        accuracy = rng.normal(size=100)
+        found = ranking.compare(*(accuracy + rng.normal(size=(2, 100))), accuracy, resamples=200, rng=rng)
+        p.append(found.p)
+        assert (found.lo <= 0 <= found.hi) == (found.p >= 0.05) or abs(found.p - 0.05) < 0.02
+    assert np.mean(np.array(p) < 0.05) < 0.11
+    assert 0.4 < np.mean(np.array(p) < 0.5) < 0.6
 
 
 def test_holm_against_a_worked_example():
     np.testing.assert_allclose(ranking.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
     assert ranking.holm([0.9, 0.8]).max() == 1
+    with pytest.raises(InvalidParameterError, match="0 to 1"):
+        ranking.holm([0.1, np.nan])
 
 
 def test_partial_rho_is_the_correlation_of_residual_ranks():
@@ -111,16 +168,50 @@ def test_partial_rho_is_the_correlation_of_residual_ranks():
     residuals = [r - LinearRegression().fit(rs[:, None], r).predict(rs[:, None]) for r in (rx, ry)]
     assert ranking.partial_rho(x, y, size[:, None]) == pytest.approx(np.corrcoef(residuals)[0, 1])
     assert abs(ranking.partial_rho(x, y, size[:, None])) < ranking.spearman(x, y)
-    assert np.isnan(ranking.partial_rho(3 * size, y, size[:, None]))
 
 
-def test_noise_ceiling_steps_up_to_whole_test_sets():
+def test_partial_rho_agrees_with_the_formula_for_one_covariate():
+    rng = np.random.default_rng(10)
+    x, y, z = np.linalg.cholesky([[1, 0.8, 0.6], [0.8, 1, 0.5], [0.6, 0.5, 1]]) @ rng.normal(size=(3, 400))
+    xy, xz, yz = (ranking.spearman(*pair) for pair in ((x, y), (x, z), (y, z)))
+    closed_form = (xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2))
+    found = ranking.bootstrap_partial_rho(x, y, z[:, None], rng=rng)
+    assert found.value == pytest.approx(closed_form, abs=1e-12)
+    assert found.lo < (0.7859 - 0.5822 * 0.4826) / np.sqrt((1 - 0.5822**2) * (1 - 0.4826**2)) < found.hi
+    repeated = np.column_stack([z, -z, np.ones(400)])  # collinear and constant columns add nothing
+    assert ranking.partial_rho(x, y, repeated) == pytest.approx(closed_form, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "proxy", [lambda s, b: 3 * s, lambda s, b: s**3, lambda s, b: -b, lambda s, b: s + b / 7, lambda s, b: 8 * s + 1e9]
+)
+def test_partial_rho_of_the_covariates_themselves_is_undefined(proxy):
+    rng = np.random.default_rng(11)
+    size, bops = rng.integers(60_000, 120_000, size=100).astype(float), rng.uniform(1e8, 3e8, size=100)
+    accuracy, covariates = size / 1e5 + rng.normal(size=100), np.column_stack([size, bops])
+    assert np.isnan(ranking.partial_rho(proxy(size, bops), accuracy, covariates))
+    estimate = ranking.bootstrap_partial_rho(proxy(size, bops), accuracy, covariates, rng=rng)
+    assert np.isnan([estimate.value, estimate.lo, estimate.hi]).all()
+
+
+@pytest.mark.parametrize("noise", [1.0, 0.1])
+def test_noise_ceiling_is_what_a_perfect_predictor_reaches(noise):
     rng = np.random.default_rng(8)
-    truth = rng.normal(size=4_000)
-    quarters = truth + rng.normal(size=(4, 4_000))
-    ceiling = ranking.noise_ceiling(quarters[0], quarters[1], rng=rng)
-    whole = stats.spearmanr(quarters[:2].mean(axis=0), quarters[2:].mean(axis=0)).statistic
-    assert ceiling.halves.value < ceiling.full == pytest.approx(whole, abs=0.03)
+    truth = rng.normal(size=3_000)
+    quarters = truth + noise * rng.normal(size=(4, 3_000))
+    ceiling = ranking.noise_ceiling(quarters[0], quarters[1], resamples=200, rng=rng)
+    whole, other = quarters[:2].mean(axis=0), quarters[2:].mean(axis=0)
+    assert ceiling.halves.value < ceiling.full < ceiling.perfect.value < 1
+    assert ceiling.full == pytest.approx(ranking.spearman(whole, other), abs=0.03)
+    assert ceiling.perfect.value == pytest.approx(ranking.spearman(truth, whole), abs=0.02)
+    assert ceiling.halves.value**0.5 == pytest.approx(ranking.spearman(truth, quarters[0]), abs=0.02)
+
+
+def test_noise_ceiling_of_pure_noise_is_low():
+    rng = np.random.default_rng(12)
+    ceiling = ranking.noise_ceiling(*rng.normal(size=(2, 60)), rng=rng)
+    assert ceiling.perfect.lo == 0
+    assert ceiling.perfect.hi < 0.8
 
 
 def test_additive_oracle_recovers_an_additive_truth():
@@ -134,11 +225,36 @@ def test_additive_oracle_recovers_an_additive_truth():
     np.testing.assert_allclose(np.diff(from_table), np.diff(oracle.predictions), atol=1e-9)
 
 
+def test_pairwise_oracle_knows_interactions_that_a_sum_cannot():
+    rng = np.random.default_rng(13)
+    configs = rng.integers(2, 5, size=(400, 4))
+    accuracy = np.where(configs[:, 0] == configs[:, 1], 1.0, -1.0) + 0.1 * configs[:, 2]
+    halves = configs[:200], accuracy[:200], configs[200:], CHOICES
+    additive, pairwise = ranking.additive_oracle(*halves), ranking.pairwise_oracle(*halves)
+    assert pairwise.table is None
+    assert ranking.spearman(pairwise.predictions, accuracy[200:]) > 0.95
+    assert ranking.spearman(additive.predictions, accuracy[200:]) < 0.5
+
+
+@pytest.mark.parametrize("oracle", [ranking.additive_oracle, ranking.pairwise_oracle])
+def test_oracles_refuse_foreign_configurations(oracle):
+    rng = np.random.default_rng(14)
+    configs, accuracy = rng.integers(2, 5, size=(40, 3)), rng.normal(size=40)
+    with pytest.raises(InvalidBitsError):
+        oracle(configs, accuracy, configs + 1, CHOICES)
+    with pytest.raises(ConfigLengthError):
+        oracle(configs, accuracy, configs[:, :2], CHOICES)
+    with pytest.raises(InvalidScoreError, match="one for each of 40"):
+        oracle(configs, accuracy[:39], configs, CHOICES)
+
+
 def test_regret_is_what_trusting_costs():
     accuracy, scores, costs = np.array([50, 60, 70, 80.0]), np.array([4, 3, 2, 1.0]), np.array([1, 2, 3, 4.0])
     assert ranking.regret(scores, accuracy, costs, budget=3) == 20
     with pytest.raises(InvalidScoreError, match="the cheapest costs 1"):
         ranking.regret(scores, accuracy, costs, budget=0.5)
+    with pytest.raises(InvalidScoreError, match="one finite number for each of 4"):
+        ranking.regret(scores, accuracy, costs[:3], budget=3)
 
 
 @pytest.mark.parametrize(
@@ -164,3 +280,25 @@ def test_bad_input_is_named(scores, accuracy, message):
 def test_too_few_configurations_for_an_interval():
     with pytest.raises(InvalidScoreError, match="30 configurations or more, got 12"):
         ranking.bootstrap_rho(*_pair(12, 0.5, 0), rng=np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, y: ranking.rho_at(x, y, 0),
+        lambda x, y: ranking.rho_at(x, y, 101),
+        lambda x, y: ranking.bootstrap_rho(x, y, level=95, rng=np.random.default_rng(0)),
+        lambda x, y: ranking.bootstrap_rho(x, y, resamples=10, rng=np.random.default_rng(0)),
+        lambda x, y: ranking.sampling_interval(0.5, 3),
+        lambda x, y: ranking.sampling_interval(1.0, 30),
+    ],
+)
+def test_arguments_out_of_range_are_named(call):
+    with pytest.raises(InvalidParameterError, match=r"must lie|or more|need"):
+        call(*_pair(50, 0.5, 0))
+
+
+def test_many_proxies_need_a_column_for_each_configuration():
+    with pytest.raises(InvalidScoreError, match="need one column for each"):
+        ranking.fitness_many(np.ones((4, 30)), np.arange(29.0))
+    assert np.isnan(ranking.fitness_many(np.arange(20.0).reshape(2, 10), np.arange(10.0))).all()  # 20 % keep only two

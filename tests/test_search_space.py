@@ -1,4 +1,4 @@
-"""The search space: text forms, canonical forms, known proxies as points of it, and the collapse of a released formula."""
+"""The search space: text forms, canonical forms, known proxies as its points, the collapse of a released formula."""
 
 import numpy as np
 import pytest
