@@ -31,7 +31,9 @@
 
 # %% tags=["parameters"]
 PROFILE = "cifar10-resnet20"  # which study the chapter shows
-REBUILD = False  # False: read data/<PROFILE>/; True: train, measure and write it here
+REBUILD = (
+    False  # False: read data/<PROFILE>/; True: train, measure and write it here
+)
 
 # %% tags=["hide-input"]
 import json
@@ -47,7 +49,14 @@ from emq_lib.datasets import load_dataset
 from emq_lib.models import fold_batchnorm, layer_table, predict, top1
 from emq_lib.profiles import get_profile
 from emq_lib.ranking import noise_ceiling
-from emq_lib.report import plot_by_bits, plot_histogram, plot_scatter, show_source, show_table, start_chapter
+from emq_lib.report import (
+    plot_by_bits,
+    plot_histogram,
+    plot_scatter,
+    show_source,
+    show_table,
+    start_chapter,
+)
 
 chapter = start_chapter("01_bench", PROFILE, REBUILD)
 
@@ -123,7 +132,9 @@ errors = [squared_error(shrink) for shrink in shrinks]
 figure, ax = plt.subplots()
 ax.plot(np.multiply(shrinks, 100), errors, color="#0072b2")
 ax.axvline(100 * shrinks[int(np.argmin(errors))], color="#d55e00")
-ax.set(xlabel="range kept (%)", ylabel="squared error of the channel", yscale="log")
+ax.set(
+    xlabel="range kept (%)", ylabel="squared error of the channel", yscale="log"
+)
 plt.show()
 
 # %% [markdown]
@@ -133,7 +144,12 @@ plt.show()
 show_source(quantizers.choose_qparams)
 
 # %%
-library_error = (quantizers.fake_quantize(weight, bits)[3].flatten() - channel).square().sum().item()
+library_error = (
+    (quantizers.fake_quantize(weight, bits)[3].flatten() - channel)
+    .square()
+    .sum()
+    .item()
+)
 assert np.isclose(library_error, min(errors), rtol=1e-4)
 chapter.claim(
     "range_gain",
@@ -152,14 +168,21 @@ chapter.claim(
 # %%
 layers = layer_table(model, digits)
 bank = quantizers.build_weight_bank(model, layers, digits.choices)
-show_table(layers[["name", "shape", "parameters", "macs", "searchable", "pinned_bits"]], decimals=0)
+show_table(
+    layers[
+        ["name", "shape", "parameters", "macs", "searchable", "pinned_bits"]
+    ],
+    decimals=0,
+)
 
 # %% [markdown]
 # The first and the last layer are *pinned* at 8 bits; the others are searchable, at 2, 3 or 4 bits each. The inputs of
 # every layer are rounded to 8 bits, over the range seen on calibration images, which are training images.
 
 # %%
-ranges = quantizers.choose_activation_ranges(model, layers, data.calibration, bits=digits.activation_bits)
+ranges = quantizers.choose_activation_ranges(
+    model, layers, data.calibration, bits=digits.activation_bits
+)
 quantized = quantizers.QuantizedNetwork(model, bank, ranges)
 config = (4, 4, 2, 3, 4, 2)
 accuracy = top1(predict(quantized.select(config), data.test), data.test.labels)
@@ -170,11 +193,23 @@ accuracy
 # network is cut into pieces and each piece runs again only if something before it changed.
 
 # %%
-configs = bench.sample_configs(len(bank.searchable), digits.choices, 40, rng=digits.rng("chapter 01"))
-measured = [item for block in bench.measure(quantized, data.test, configs) for item in block]
-plain = {item.config: predict(quantized.select(item.config), data.test) for item in measured[:5]}
+configs = bench.sample_configs(
+    len(bank.searchable), digits.choices, 40, rng=digits.rng("chapter 01")
+)
+measured = [
+    item
+    for block in bench.measure(quantized, data.test, configs)
+    for item in block
+]
+plain = {
+    item.config: predict(quantized.select(item.config), data.test)
+    for item in measured[:5]
+}
 assert all(
-    np.array_equal(item.correct, (plain[item.config].argmax(dim=1) == data.test.labels).numpy())
+    np.array_equal(
+        item.correct,
+        (plain[item.config].argmax(dim=1) == data.test.labels).numpy(),
+    )
     for item in measured[:5]
 )
 
@@ -198,7 +233,9 @@ chapter.claim(
 # chosen on validation images, and the test images were looked at once.
 
 # %%
-with safe_open(str(checked_path(chapter.profile, "model.safetensors")), "pt") as file:
+with safe_open(
+    str(checked_path(chapter.profile, "model.safetensors")), "pt"
+) as file:
     card = {key: json.loads(value) for key, value in file.metadata().items()}
 chapter.claim(
     "float_top1",
@@ -210,7 +247,11 @@ chapter.claim(
 # %%
 measured = bench.Bench.load(chapter.profile)
 sample, uniform = measured.select("random"), measured.select("uniform")
-show_table(measured.table.head(6).assign(bits=lambda table: table["bits"].map(bench.bits_text)))
+show_table(
+    measured.table.head(6).assign(
+        bits=lambda table: table["bits"].map(bench.bits_text)
+    )
+)
 
 # %% [markdown]
 # One row is one configuration on all test images: top-1, cross-entropy, the correct answers in two fixed halves of the
@@ -218,7 +259,9 @@ show_table(measured.table.head(6).assign(bits=lambda table: table["bits"].map(be
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Top-1 of the random configurations, with the uniform ones and the float network marked. Bits decide between useless and nearly lossless.", "name": "fig-01-2"}, "image": {"alt": "Histogram of top-1 over random configurations, wide and skewed, with vertical lines for uniform 2, 3 and 4 bits and for the float network."}}
 figure, ax = plt.subplots()
-marks = {f"all {row.bits[0]}": row.top1 for row in uniform.table.itertuples()} | {"float": card["top1"]}
+marks = {
+    f"all {row.bits[0]}": row.top1 for row in uniform.table.itertuples()
+} | {"float": card["top1"]}
 plot_histogram(sample.top1, marks, xlabel="top-1 on all test images (%)", ax=ax)
 plt.show()
 
@@ -233,7 +276,11 @@ chapter.claim(
 
 # %%
 chapter.claim(
-    "spread_max", "the best {:.1f} %;", sample.top1.max(), within={"cifar10-resnet20": (60, 100)}, n=len(sample)
+    "spread_max",
+    "the best {:.1f} %;",
+    sample.top1.max(),
+    within={"cifar10-resnet20": (60, 100)},
+    n=len(sample),
 )
 
 # %%
@@ -252,7 +299,9 @@ chapter.claim(
 # images and on half B: the Spearman correlation of the two rankings says how much of an order is luck of the images.
 
 # %%
-ceiling = noise_ceiling(sample.half_a, sample.half_b, rng=chapter.profile.rng("noise ceiling"))
+ceiling = noise_ceiling(
+    sample.half_a, sample.half_b, rng=chapter.profile.rng("noise ceiling")
+)
 chapter.claim(
     "noise_ceiling",
     "The two halves rank the configurations with rho = {:.3f}.",
@@ -277,7 +326,6 @@ chapter.claim(
 )
 
 # %% [markdown]
-#
 # ## What makes a configuration bad
 #
 # Average the accuracy of all configurations in which a layer has 2 bits, then 3, then 4. The gap between the curves is
@@ -287,7 +335,10 @@ chapter.claim(
 names = bench.load_layers(chapter.profile).query("searchable")["name"]
 effects = pd.DataFrame(
     {
-        b: [sample.top1[sample.configs[:, slot] == b].mean() for slot in range(len(names))]
+        b: [
+            sample.top1[sample.configs[:, slot] == b].mean()
+            for slot in range(len(names))
+        ]
         for b in chapter.profile.choices
     },
     index=names,
@@ -317,13 +368,28 @@ chapter.claim(
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Top-1 against packed size, one point per random configuration. At any one size the accuracies still spread over tens of points: size alone does not decide.", "name": "fig-01-4"}, "image": {"alt": "Scatter of top-1 against packed size, a wide cloud rising to the right, with the uniform configurations joined by a line."}}
 figure, ax = plt.subplots()
 size = measured.table["size_bytes"] / 2**10
-plot_scatter(size[len(uniform) :], sample.top1, colour="#0072b2", xlabel="packed size (KiB)", ylabel="top-1 (%)", ax=ax)
+plot_scatter(
+    size[len(uniform) :],
+    sample.top1,
+    colour="#0072b2",
+    xlabel="packed size (KiB)",
+    ylabel="top-1 (%)",
+    ax=ax,
+)
 ax.plot(size[: len(uniform)], uniform.top1, "o-", color="#d55e00")
-ax.annotate("uniform", (size[1], uniform.top1[1]), xytext=(8, -4), textcoords="offset points", color="#d55e00")
+ax.annotate(
+    "uniform",
+    (size[1], uniform.top1[1]),
+    xytext=(8, -4),
+    textcoords="offset points",
+    color="#d55e00",
+)
 plt.show()
 
 # %%
-middle = sample.table["size_bytes"].rank(pct=True).between(0.45, 0.55).to_numpy()
+middle = (
+    sample.table["size_bytes"].rank(pct=True).between(0.45, 0.55).to_numpy()
+)
 chapter.claim(
     "spread_at_size",
     "Among the tenth of the configurations of middle size, top-1 still spans {:.0f} points.",
@@ -351,8 +417,15 @@ chapter.claim(
 # How each file of this study was made:
 
 # %%
-manifest = pd.DataFrame(read_manifest(chapter.profile)).T.rename_axis("file").reset_index()
-show_table(manifest[["file", "rows", "command", "commit", "device", "seconds"]], decimals=1)
+manifest = (
+    pd.DataFrame(read_manifest(chapter.profile))
+    .T.rename_axis("file")
+    .reset_index()
+)
+show_table(
+    manifest[["file", "rows", "command", "commit", "device", "seconds"]],
+    decimals=1,
+)
 
 # %% [markdown]
 # ## Exercises
@@ -372,7 +445,9 @@ show_table(manifest[["file", "rows", "command", "commit", "device", "seconds"]],
 
 # %% tags=["hide-cell"]
 three = uniform.table.iloc[1]
-better_and_smaller = sample.table.query("top1 > @three.top1 and size_bytes < @three.size_bytes")
+better_and_smaller = sample.table.query(
+    "top1 > @three.top1 and size_bytes < @three.size_bytes"
+)
 len(better_and_smaller)
 
 # %% tags=["hide-cell"]

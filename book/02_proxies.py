@@ -46,7 +46,14 @@ from emq_lib.heldout import build_heldout, load_heldout, load_tables
 from emq_lib.models import fold_batchnorm, load_checkpoint
 from emq_lib.profiles import get_profile
 from emq_lib.quantizers import fake_quantize
-from emq_lib.report import plot_forest, plot_scatter, plot_tables, show_source, show_table, start_chapter
+from emq_lib.report import (
+    plot_forest,
+    plot_scatter,
+    plot_tables,
+    show_source,
+    show_table,
+    start_chapter,
+)
 
 chapter = start_chapter("02_proxies", PROFILE, REBUILD)
 
@@ -72,10 +79,17 @@ if chapter.rebuild:
 # %%
 digits = get_profile("digits-resnet8")
 data = load_dataset(digits)
-model = fold_batchnorm(load_checkpoint(digits, checked_path(digits, "model.safetensors")))
+model = fold_batchnorm(
+    load_checkpoint(digits, checked_path(digits, "model.safetensors"))
+)
 name = "layer1.0.conv1"
 weight = model.get_submodule(name).weight.detach()
-squared = torch.stack([(fake_quantize(weight, bits) - weight).square().sum() for bits in digits.choices])
+squared = torch.stack(
+    [
+        (fake_quantize(weight, bits) - weight).square().sum()
+        for bits in digits.choices
+    ]
+)
 squared
 
 # %% [markdown]
@@ -95,11 +109,15 @@ few = data.calibration[:4]
 
 def loss_of(weight: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy on a few images as a function of one layer's weight."""
-    logits = torch.func.functional_call(model, {f"{name}.weight": weight}, (few.inputs(),))
+    logits = torch.func.functional_call(
+        model, {f"{name}.weight": weight}, (few.inputs(),)
+    )
     return F.cross_entropy(logits, few.labels)
 
 
-dense = torch.func.hessian(loss_of)(weight).reshape(weight.numel(), weight.numel())
+dense = torch.func.hessian(loss_of)(weight).reshape(
+    weight.numel(), weight.numel()
+)
 trace, _ = layer_statistics.hessian_traces(model, [name], few)
 assert np.isclose(trace[0], dense.trace().item(), rtol=1e-3)
 dense.trace().item(), trace[0]
@@ -162,13 +180,28 @@ plt.show()
 
 # %%
 search, heldout = bench.split()
-scores = {name: gather(entry["table"], heldout.configs, chapter.profile.choices) for name, entry in tables.items()}
-chapter.claim("heldout_n", "The held-out half has {:.0f} configurations.", len(heldout), within=(30, 10_000))
+scores = {
+    name: gather(entry["table"], heldout.configs, chapter.profile.choices)
+    for name, entry in tables.items()
+}
+chapter.claim(
+    "heldout_n",
+    "The held-out half has {:.0f} configurations.",
+    len(heldout),
+    within=(30, 10_000),
+)
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Measured top-1 against score, one point per held-out configuration. Counting bits gives a cloud; the square root of the one-layer divergence gives a band.", "name": "fig-02-2"}, "image": {"alt": "Two scatter plots of top-1 against score. The left cloud, bit sum, is wide; the right one, square root of the one-layer divergence, is a narrower band."}}
 figure, axes = plt.subplots(1, 2, figsize=(6.5, 3.2), sharey=True)
 for ax, proxy in zip(axes, ("bit sum", "sqrt one-layer KL"), strict=True):
-    plot_scatter(scores[proxy], heldout.top1, colour="#0072b2", xlabel=f"score: {proxy}", ylabel="", ax=ax)
+    plot_scatter(
+        scores[proxy],
+        heldout.top1,
+        colour="#0072b2",
+        xlabel=f"score: {proxy}",
+        ylabel="",
+        ax=ax,
+    )
 axes[0].set_ylabel("top-1 (%)")
 plt.show()
 
@@ -181,8 +214,25 @@ plt.show()
 
 # %%
 results = load_heldout(chapter.profile)
-results = results[results["proxy"] != "evolved"].sort_values("rho100", ascending=False)
-show_table(results[["proxy", "n", "rho20", "rho50", "rho100", "lo", "hi", "partial_rho", "kendall", "seconds"]])
+results = results[results["proxy"] != "evolved"].sort_values(
+    "rho100", ascending=False
+)
+show_table(
+    results[
+        [
+            "proxy",
+            "n",
+            "rho20",
+            "rho50",
+            "rho100",
+            "lo",
+            "hi",
+            "partial_rho",
+            "kendall",
+            "seconds",
+        ]
+    ]
+)
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "rho on the held-out half with 95 % intervals. Proxies that look at what rounding does to the network lead; counting parameters is the weakest. The bench's own noise ceiling (grey band) is far from all of them.", "name": "fig-02-3"}, "image": {"alt": "One row per proxy with its rho as a point and its interval as a line, sorted, and a narrow vertical band for the noise ceiling on the right."}}
 figure, ax = plt.subplots(figsize=(6.5, 4.6))
@@ -236,8 +286,15 @@ chapter.claim(
 
 # %%
 rng = chapter.profile.rng("chapter 02 comparisons")
-others = [name for name in scores if name not in (best.proxy, "evolved", "additive oracle")]
-pairs = [ranking.compare(scores[best.proxy], scores[name], heldout.top1, rng=rng) for name in others]
+others = [
+    name
+    for name in scores
+    if name not in (best.proxy, "evolved", "additive oracle")
+]
+pairs = [
+    ranking.compare(scores[best.proxy], scores[name], heldout.top1, rng=rng)
+    for name in others
+]
 compared = (
     results.set_index("proxy")
     .loc[others, []]
@@ -286,10 +343,13 @@ for value, n in ((0.7921, 50), (0.5721, 25), (0.4259, 10)):
     print(f"rho = {value:.2f} with n = {n}: {low:.2f} to {high:.2f}")
 
 # %% [markdown]
-# And here is the same with this bench: draw 50 configurations again and again, and see how often the best proxy and bit sum change places.
+# And here is the same with this bench: draw 50 configurations again and again, and see how often the best proxy beats
+# HAWQ-V2.
 
 # %%
-draws = np.array([rng.choice(len(heldout), size=50, replace=False) for _ in range(500)])
+draws = np.array(
+    [rng.choice(len(heldout), size=50, replace=False) for _ in range(500)]
+)
 wins = [
     ranking.spearman(scores[best.proxy][rows], heldout.top1[rows])
     > ranking.spearman(scores["HAWQ-V2"][rows], heldout.top1[rows])
@@ -331,14 +391,22 @@ chapter.claim(
 
 # %% tags=["hide-cell"]
 own = layer_statistics.load_statistics(chapter.profile)
-mean_error = np.stack([-(e.square().sum(dim=(1, 2)) / e[0].numel()).numpy() for e in own.errors])
-mine = ranking.bootstrap_rho(gather(mean_error, heldout.configs, chapter.profile.choices), heldout.top1, rng=rng)
+mean_error = np.stack(
+    [-(e.square().sum(dim=(1, 2)) / e[0].numel()).numpy() for e in own.errors]
+)
+mine = ranking.bootstrap_rho(
+    gather(mean_error, heldout.configs, chapter.profile.choices),
+    heldout.top1,
+    rng=rng,
+)
 assert -1 <= mine.lo <= mine.hi <= 1
 print(mine)
 
 # %% tags=["hide-cell"]
 for n in (30, 50, len(heldout) // 2):
-    rows = np.array([rng.choice(len(heldout), size=n, replace=False) for _ in range(200)])
+    rows = np.array(
+        [rng.choice(len(heldout), size=n, replace=False) for _ in range(200)]
+    )
     better = np.mean(
         [
             ranking.spearman(scores[best.proxy][r], heldout.top1[r])

@@ -46,7 +46,14 @@ from emq_lib.costs import gather
 from emq_lib.heldout import build_heldout, load_heldout, load_tables
 from emq_lib.layer_statistics import load_statistics
 from emq_lib.profiles import get_profile
-from emq_lib.report import plot_curves, plot_forest, plot_scatter, show_source, show_table, start_chapter
+from emq_lib.report import (
+    plot_curves,
+    plot_forest,
+    plot_scatter,
+    show_source,
+    show_table,
+    start_chapter,
+)
 
 chapter = start_chapter("03_evolution", PROFILE, REBUILD)
 
@@ -65,7 +72,9 @@ if chapter.rebuild:
 digits = get_profile("digits-resnet8")
 statistics = load_statistics(digits)
 error = statistics.errors[0]  # (choices, channels, weights per channel)
-by_hand = [-(error[choice] ** 2).mean().item() for choice in range(len(digits.choices))]
+by_hand = [
+    -(error[choice] ** 2).mean().item() for choice in range(len(digits.choices))
+]
 by_hand
 
 # %% [markdown]
@@ -84,7 +93,9 @@ Math(search_space.to_latex(genotype))
 
 # %%
 hawq = search_space.parse("branched(product; H: mean, negate; E: pow2, mean)")
-product = -statistics.curvature[0].mean().item() * (error**2).mean(dim=(1, 2)).numpy()
+product = (
+    -statistics.curvature[0].mean().item() * (error**2).mean(dim=(1, 2)).numpy()
+)
 assert np.allclose(evaluator.table(hawq)[0], product)
 Math(search_space.to_latex(hawq))
 
@@ -93,12 +104,32 @@ Math(search_space.to_latex(hawq))
 # they also come multiplied by the width, as in the released code. How large is the space?
 
 # %%
-inputs, unaries, binaries = (len(part) for part in (search_space.INPUTS, search_space.UNARIES, search_space.BINARIES))
-sizes = {"linear": inputs * unaries**4, "branched": inputs**2 * unaries**4 * binaries}
-chapter.claim("unary_primitives", "There are {:.0f} unary primitives", unaries, within=(20, 100))
+inputs, unaries, binaries = (
+    len(part)
+    for part in (
+        search_space.INPUTS,
+        search_space.UNARIES,
+        search_space.BINARIES,
+    )
+)
+sizes = {
+    "linear": inputs * unaries**4,
+    "branched": inputs**2 * unaries**4 * binaries,
+}
+chapter.claim(
+    "unary_primitives",
+    "There are {:.0f} unary primitives",
+    unaries,
+    within=(20, 100),
+)
 
 # %%
-chapter.claim("space_size", "and {:,.0f} branched genotypes.", sizes["branched"], within=(1e6, 1e12))
+chapter.claim(
+    "space_size",
+    "and {:,.0f} branched genotypes.",
+    sizes["branched"],
+    within=(1e6, 1e12),
+)
 
 # %% [markdown]
 # ## One generation by hand
@@ -108,11 +139,15 @@ chapter.claim("space_size", "and {:,.0f} branched genotypes.", sizes["branched"]
 
 # %%
 search, _ = Bench.load(digits).split()
-judge = evolution.Judge(evaluator, search.configs, search.half_a, digits.choices)
+judge = evolution.Judge(
+    evaluator, search.configs, search.half_a, digits.choices
+)
 rng = digits.rng("chapter 03")
 draws = [search_space.random_genotype("branched", rng=rng) for _ in range(60)]
 judged = [judge.judge(draw) for draw in draws]
-valid = sorted((one for one in judged if one is not None), key=lambda one: -one.fitness)
+valid = sorted(
+    (one for one in judged if one is not None), key=lambda one: -one.fitness
+)
 chapter.claim(
     "valid_share",
     "Of the random branched genotypes {:.0f} % are valid.",
@@ -123,7 +158,14 @@ chapter.claim(
 )
 
 # %%
-show_table(pd.DataFrame([{"genotype": str(one.genotype), "fitness": one.fitness} for one in valid[:3] + valid[-2:]]))
+show_table(
+    pd.DataFrame(
+        [
+            {"genotype": str(one.genotype), "fitness": one.fitness}
+            for one in valid[:3] + valid[-2:]
+        ]
+    )
+)
 
 # %% [markdown]
 # Cross two good ones: every gene comes from either parent. Mutate: a gene is drawn afresh. Then the child meets a random newcomer, and the
@@ -133,7 +175,12 @@ show_table(pd.DataFrame([{"genotype": str(one.genotype), "fitness": one.fitness}
 # %%
 child = search_space.cross(valid[0].genotype, valid[1].genotype, rng=rng)
 mutant = search_space.mutate(child, rng=rng)
-for name, one in (("parent", valid[0].genotype), ("parent", valid[1].genotype), ("child", child), ("mutant", mutant)):
+for name, one in (
+    ("parent", valid[0].genotype),
+    ("parent", valid[1].genotype),
+    ("child", child),
+    ("mutant", mutant),
+):
     print(f"{name:7}", one)
 
 # %% [markdown]
@@ -141,7 +188,9 @@ for name, one in (("parent", valid[0].genotype), ("parent", valid[1].genotype), 
 # order in which a candidate ranks the configurations, and does not enter twice.
 
 # %%
-search_space.canonical(search_space.parse("branched(sum; W: no_op, abs; E: abs, abs)"))
+search_space.canonical(
+    search_space.parse("branched(sum; W: no_op, abs; E: abs, abs)")
+)
 
 # %%
 show_source(evolution.evolve)
@@ -151,10 +200,16 @@ show_source(evolution.evolve)
 
 # %%
 budget = dataclasses.replace(digits.evolution, iterations=200)
-judge = evolution.Judge(evaluator, search.configs, search.half_a, digits.choices)
+judge = evolution.Judge(
+    evaluator, search.configs, search.half_a, digits.choices
+)
 started = time.perf_counter()
-generations = list(evolution.evolve(judge, structure="branched", budget=budget, rng=rng))
-print(f"{len(generations) - 1} iterations, {judge.evaluations} evaluations, {time.perf_counter() - started:.1f} s")
+generations = list(
+    evolution.evolve(judge, structure="branched", budget=budget, rng=rng)
+)
+print(
+    f"{len(generations) - 1} iterations, {judge.evaluations} evaluations, {time.perf_counter() - started:.1f} s"
+)
 generations[-1].best, generations[-1].fitness
 
 # %% [markdown]
@@ -168,25 +223,45 @@ generations[-1].best, generations[-1].fitness
 
 # %%
 log = pd.DataFrame(evolution.load_evolution(chapter.profile))
-final = log.sort_values("iteration").groupby(["structure", "method", "seed"]).tail(1)
+final = (
+    log.sort_values("iteration")
+    .groupby(["structure", "method", "seed"])
+    .tail(1)
+)
 summary = (
-    final.groupby(["structure", "method"])[["fitness", "evaluations", "rejected", "duplicates"]].mean().reset_index()
+    final.groupby(["structure", "method"])[
+        ["fitness", "evaluations", "rejected", "duplicates"]
+    ]
+    .mean()
+    .reset_index()
 )
 show_table(summary)
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Best fitness against evaluations, one curve per seed. Where the curves of evolution lie above those of random search at the same number of evaluations, selection earns its keep.", "name": "fig-03-1"}, "image": {"alt": "Two panels, linear and branched, of best fitness against evaluations; step curves of evolution and of random search, one per seed."}}
 figure, axes = plt.subplots(1, 2, figsize=(6.5, 3.4), sharey=True)
 for ax, structure in zip(axes, search_space.STRUCTURES, strict=True):
-    for method, colour in (("evolution", "evolved"), ("random search", "random")):
-        runs = log[(log["structure"] == structure) & (log["method"] == method)].groupby("seed")
-        curves = {colour: [(run["evaluations"].to_numpy(), run["fitness"].to_numpy()) for _, run in runs]}
+    for method, colour in (
+        ("evolution", "evolved"),
+        ("random search", "random"),
+    ):
+        runs = log[
+            (log["structure"] == structure) & (log["method"] == method)
+        ].groupby("seed")
+        curves = {
+            colour: [
+                (run["evaluations"].to_numpy(), run["fitness"].to_numpy())
+                for _, run in runs
+            ]
+        }
         plot_curves(curves, xlabel="fitness evaluations", ylabel="", ax=ax)
     ax.set_title(structure)
 axes[0].set_ylabel("best fitness (search half)")
 plt.show()
 
 # %%
-paired = final.pivot(index=["structure", "seed"], columns="method", values="fitness")
+paired = final.pivot(
+    index=["structure", "seed"], columns="method", values="fitness"
+)
 gains = paired["evolution"] - paired["random search"]
 ends = [np.mean(rng.choice(gains, size=len(gains))) for _ in range(2_000)]
 chapter.claim(
@@ -267,9 +342,15 @@ plt.show()
 # %%
 _, heldout = Bench.load(chapter.profile).split()
 tables = load_tables(chapter.profile)
-scores = {name: gather(entry["table"], heldout.configs, chapter.profile.choices) for name, entry in tables.items()}
+scores = {
+    name: gather(entry["table"], heldout.configs, chapter.profile.choices)
+    for name, entry in tables.items()
+}
 difference = ranking.compare(
-    scores["evolved"], scores[best_name], heldout.top1, rng=chapter.profile.rng("evolved against best")
+    scores["evolved"],
+    scores[best_name],
+    heldout.top1,
+    rng=chapter.profile.rng("evolved against best"),
 )
 chapter.claim(
     "evolved_minus_hand",
@@ -281,7 +362,13 @@ chapter.claim(
 )
 
 # %%
-chapter.claim("evolved_p", "with a bootstrap p-value of {:.3f}.", difference.p, within=(0, 1), n=difference.n)
+chapter.claim(
+    "evolved_p",
+    "with a bootstrap p-value of {:.3f}.",
+    difference.p,
+    within=(0, 1),
+    n=difference.n,
+)
 
 # %% [markdown]
 # The fitness fell on its way to the held-out half by what the search overfitted, plus what the halves differ by; the second part shows in the
@@ -307,7 +394,14 @@ chapter.claim(
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Measured top-1 against the evolved score on the held-out configurations.", "name": "fig-03-3"}, "image": {"alt": "Scatter of top-1 against the evolved score, one point per held-out configuration."}}
 figure, ax = plt.subplots()
-plot_scatter(scores["evolved"], heldout.top1, colour="#d55e00", xlabel="score: evolved", ylabel="top-1 (%)", ax=ax)
+plot_scatter(
+    scores["evolved"],
+    heldout.top1,
+    colour="#d55e00",
+    xlabel="score: evolved",
+    ylabel="top-1 (%)",
+    ax=ax,
+)
 plt.show()
 
 # %% [markdown]
@@ -342,16 +436,24 @@ close = search_space.parse("branched(ratio; E: pow2, sum; W: frobenius, pow2)")
 table = -evaluator.table(close)
 truth = load_tables(digits)["relative weight error"]["table"]
 ratio = table / truth
-assert np.allclose(ratio, ratio[:, :1], rtol=1e-3)  # the same up to the mean over a layer's elements
+assert np.allclose(
+    ratio, ratio[:, :1], rtol=1e-3
+)  # the same up to the mean over a layer's elements
 
 # %% tags=["hide-cell"]
 short = dataclasses.replace(digits.evolution, iterations=60)
 for diversity in (True, False):
     ends = []
     for seed in range(3):
-        judge = evolution.Judge(evaluator, search.configs, search.half_a, digits.choices)
+        judge = evolution.Judge(
+            evaluator, search.configs, search.half_a, digits.choices
+        )
         run = evolution.evolve(
-            judge, structure="branched", budget=short, rng=np.random.default_rng(seed), diversity=diversity
+            judge,
+            structure="branched",
+            budget=short,
+            rng=np.random.default_rng(seed),
+            diversity=diversity,
         )
         ends.append(list(run)[-1].fitness)
     print(diversity, np.round(ends, 3))

@@ -45,14 +45,23 @@ from emq_lib.errors import InfeasibleBudgetError
 from emq_lib.heldout import load_heldout, load_tables
 from emq_lib.proxies import load_proxies
 from emq_lib.ranking import spearman
-from emq_lib.report import plot_front, plot_heatmap, plot_scatter, show_source, show_table, start_chapter
+from emq_lib.report import (
+    plot_front,
+    plot_heatmap,
+    plot_scatter,
+    show_source,
+    show_table,
+    start_chapter,
+)
 
 chapter = start_chapter("04_allocation", PROFILE, REBUILD)
 
 # %%
 if chapter.rebuild:
     images = load_dataset(chapter.profile)
-    quantization.build_quantization(chapter.profile, images, load_tables(chapter.profile))
+    quantization.build_quantization(
+        chapter.profile, images, load_tables(chapter.profile)
+    )
 
 # %% [markdown]
 # ## Size and BOPs by hand
@@ -121,15 +130,23 @@ solved
 middle = allocation.budget_for_average_bits(2.5, size, choices)
 tables = load_tables(chapter.profile)
 chosen = {
-    name: allocation.allocate(entry["table"], {"size": size}, {"size": middle}, choices)
+    name: allocation.allocate(
+        entry["table"], {"size": size}, {"size": middle}, choices
+    )
     for name, entry in tables.items()
 }
-assert all(one.optimal and one.costs["size"] <= middle for one in chosen.values())
+assert all(
+    one.optimal and one.costs["size"] <= middle for one in chosen.values()
+)
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Bits per layer at 2.5 bits on average, one row per method. Counting bits starves the large late layers, because a bit costs least in a small layer; the methods that look at errors do not.", "name": "fig-04-1"}, "image": {"alt": "Grid of bit widths, one row per method and one column per layer, darker for fewer bits."}}
 figure, ax = plt.subplots(figsize=(6.5, 4.2))
 plot_heatmap(
-    pd.DataFrame({name: one.bits for name, one in chosen.items()}, index=layers.query("searchable")["name"]).T, ax=ax
+    pd.DataFrame(
+        {name: one.bits for name, one in chosen.items()},
+        index=layers.query("searchable")["name"],
+    ).T,
+    ax=ax,
 )
 plt.show()
 
@@ -148,9 +165,19 @@ chapter.claim(
 # A greedy method, which raises one layer at a time by score gained per byte, is the usual shortcut. How often does it miss?
 
 # %%
-grid = np.linspace(size.smallest, size.fixed + size.table[:, -1].sum(), 40)[1:-1]
-exact = [allocation.allocate(scores, {"size": size}, {"size": b}, choices).score for b in grid]
-greedy = [allocation.allocate_greedy(scores, {"size": size}, {"size": b}, choices).score for b in grid]
+grid = np.linspace(size.smallest, size.fixed + size.table[:, -1].sum(), 40)[
+    1:-1
+]
+exact = [
+    allocation.allocate(scores, {"size": size}, {"size": b}, choices).score
+    for b in grid
+]
+greedy = [
+    allocation.allocate_greedy(
+        scores, {"size": size}, {"size": b}, choices
+    ).score
+    for b in grid
+]
 chapter.claim(
     "greedy_misses",
     "Greedy misses the optimum at {:.0f} % of the budgets.",
@@ -166,7 +193,9 @@ chapter.claim(
 
 # %%
 try:
-    allocation.allocate(scores, {"size": size}, {"size": 0.9 * size.smallest}, choices)
+    allocation.allocate(
+        scores, {"size": size}, {"size": 0.9 * size.smallest}, choices
+    )
 except InfeasibleBudgetError as error:
     print(error)
 
@@ -178,14 +207,21 @@ except InfeasibleBudgetError as error:
 
 # %%
 results = quantization.load_quantization(chapter.profile)
-front = results[results["proxy"].isin([*quantization.FRONT_METHODS, "uniform"])].assign(
-    KiB=results["size_bytes"] / 2**10
-)
+front = results[
+    results["proxy"].isin([*quantization.FRONT_METHODS, "uniform"])
+].assign(KiB=results["size_bytes"] / 2**10)
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Measured top-1 against packed size: each method's allocations, the uniform configurations, and the bench's random configurations as grey points. A good allocation beats uniform bits at the same size, a bad one does worse than chance.", "name": "fig-04-2"}, "image": {"alt": "Lines of measured top-1 against packed size, one per method, over a grey cloud of random configurations."}}
 figure, ax = plt.subplots()
 random = measured.select("random").table
-plot_scatter(random["size_bytes"] / 2**10, random["top1"], colour="#c4c4c4", xlabel="", ylabel="", ax=ax)
+plot_scatter(
+    random["size_bytes"] / 2**10,
+    random["top1"],
+    colour="#c4c4c4",
+    xlabel="",
+    ylabel="",
+    ax=ax,
+)
 plot_front(front, x="KiB", ax=ax)
 ax.set(xlabel="packed size (KiB)")
 plt.show()
@@ -193,7 +229,9 @@ plt.show()
 # %%
 budgeted = results[results["average_bits"].isin(chapter.profile.budgets)]
 wide = budgeted.groupby(["proxy", "average_bits"])["top1"].mean().unstack()
-show_table(wide.sort_values(wide.columns[1], ascending=False).reset_index(), decimals=1)
+show_table(
+    wide.sort_values(wide.columns[1], ascending=False).reset_index(), decimals=1
+)
 
 # %% [markdown]
 # The row *random* is the mean of random configurations of the same size. How far apart are the methods at the tightest budget?
@@ -205,12 +243,20 @@ chapter.claim("tight_bits", "At {:.2f} bits on average", tight, within=(2, 2.5))
 
 # %%
 chapter.claim(
-    "tight_worst", "the worst choice has {:.1f} %", methods.min(), within={"cifar10-resnet20": (5, 100)}, n=len(methods)
+    "tight_worst",
+    "the worst choice has {:.1f} %",
+    methods.min(),
+    within={"cifar10-resnet20": (5, 100)},
+    n=len(methods),
 )
 
 # %%
 chapter.claim(
-    "tight_best", "and the best {:.1f} %.", methods.max(), within={"cifar10-resnet20": (10, 100)}, n=len(methods)
+    "tight_best",
+    "and the best {:.1f} %.",
+    methods.max(),
+    within={"cifar10-resnet20": (10, 100)},
+    n=len(methods),
 )
 
 # %% [markdown]
@@ -236,7 +282,9 @@ show_table(
     pd.DataFrame(
         {
             "average bits": wide.columns,
-            "correlation": [spearman(rho[common], wide.loc[common, b]) for b in wide.columns],
+            "correlation": [
+                spearman(rho[common], wide.loc[common, b]) for b in wide.columns
+            ],
         }
     ).dropna()
 )
@@ -269,14 +317,28 @@ show_table(
 
 # %% tags=["hide-cell"]
 both = {"size": size, "BOPs": measured.cost("BOPs")}
-limits = {name: cost.total([[3] * len(scores)], choices)[0] for name, cost in both.items()}
-one = allocation.allocate(scores, {"size": size}, {"size": limits["size"]}, choices)
+limits = {
+    name: cost.total([[3] * len(scores)], choices)[0]
+    for name, cost in both.items()
+}
+one = allocation.allocate(
+    scores, {"size": size}, {"size": limits["size"]}, choices
+)
 two = allocation.allocate(scores, both, limits, choices)
 assert two.score <= one.score
 assert two.costs["BOPs"] <= limits["BOPs"]
 
 # %% tags=["hide-cell"]
 gains = np.array([[0.0, 10.0], [0.0, 9.0], [0.0, 9.0]])
-prices = CostTable("price", "units", 0.0, np.array([[0.0, 6.0], [0.0, 5.5], [0.0, 5.5]]))
-wrong = allocation.allocate_greedy(gains, {"price": prices}, {"price": 11.0}, (2, 3)).score
-assert wrong < allocation.allocate(gains, {"price": prices}, {"price": 11.0}, (2, 3)).score
+prices = CostTable(
+    "price", "units", 0.0, np.array([[0.0, 6.0], [0.0, 5.5], [0.0, 5.5]])
+)
+wrong = allocation.allocate_greedy(
+    gains, {"price": prices}, {"price": 11.0}, (2, 3)
+).score
+assert (
+    wrong
+    < allocation.allocate(
+        gains, {"price": prices}, {"price": 11.0}, (2, 3)
+    ).score
+)

@@ -82,7 +82,11 @@ packed.nbytes
 results = quantization.load_quantization(chapter.profile)
 row = results.query("proxy == 'evolved' and average_bits == 2.5").iloc[0]
 config = parse_bits(row.bits)
-model = fold_batchnorm(load_checkpoint(chapter.profile, checked_path(chapter.profile, "model.safetensors")))
+model = fold_batchnorm(
+    load_checkpoint(
+        chapter.profile, checked_path(chapter.profile, "model.safetensors")
+    )
+)
 layers = load_layers(chapter.profile)
 bank = quantizers.build_weight_bank(model, layers, chapter.profile.choices)
 weights = bank.select(config)
@@ -91,26 +95,42 @@ biases = {name: model.get_submodule(name).bias for name in weights}
 # %%
 with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "network.safetensors"
-    export.save_packed(path, weights, biases, metadata={"profile": chapter.profile.name})
+    export.save_packed(
+        path, weights, biases, metadata={"profile": chapter.profile.name}
+    )
     on_disk, header = path.stat().st_size, export.header_bytes(path)
     loaded, loaded_biases, _ = export.load_packed(path)
 assert on_disk - header == row.size_bytes
 chapter.claim(
-    "payload", "The payload has {:,.0f} bytes, as claimed,", on_disk - header, within=(row.size_bytes, row.size_bytes)
+    "payload",
+    "The payload has {:,.0f} bytes, as claimed,",
+    on_disk - header,
+    within=(row.size_bytes, row.size_bytes),
 )
 
 # %%
-chapter.claim("header", "and the header of the file another {:,.0f}.", header, within=(100, 8_000))
+chapter.claim(
+    "header",
+    "and the header of the file another {:,.0f}.",
+    header,
+    within=(100, 8_000),
+)
 
 # %% [markdown]
 # What comes back is the same network, to the last bit:
 
 # %%
-assert all(torch.equal(loaded[name].dequantize(), weights[name].dequantize()) for name in weights)
+assert all(
+    torch.equal(loaded[name].dequantize(), weights[name].dequantize())
+    for name in weights
+)
 assert all(torch.equal(loaded_biases[name], biases[name]) for name in weights)
 float_bytes = sum(tensor.numel() * 4 for tensor in model.state_dict().values())
 chapter.claim(
-    "compression", "It is {:.1f} times smaller than the folded float network.", float_bytes / on_disk, within=(4, 16)
+    "compression",
+    "It is {:.1f} times smaller than the folded float network.",
+    float_bytes / on_disk,
+    within=(4, 16),
 )
 
 # %% [markdown]
@@ -124,7 +144,11 @@ chosen = network.bank.select((4, 3, 3, 2, 3, 4))
 expected = predict(network.select((4, 3, 3, 2, 3, 4)), data.test)
 with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "digits.safetensors"
-    export.save_packed(path, chosen, {name: network.model.get_submodule(name).bias for name in chosen})
+    export.save_packed(
+        path,
+        chosen,
+        {name: network.model.get_submodule(name).bias for name in chosen},
+    )
     for name, weight in export.load_packed(path)[0].items():
         network.model.get_submodule(name).weight.data = weight.dequantize()
 assert torch.equal(predict(network, data.test), expected)
@@ -140,13 +164,22 @@ show_source(export.save_packed)
 # random ones of the same size.
 
 # %%
-with safe_open(str(checked_path(chapter.profile, "model.safetensors")), "pt") as file:
+with safe_open(
+    str(checked_path(chapter.profile, "model.safetensors")), "pt"
+) as file:
     float_top1 = json.loads(file.metadata()["top1"])
-chapter.claim("float_accuracy", "The float network has {:.2f} %.", float_top1, within={"cifar10-resnet20": (85, 100)})
+chapter.claim(
+    "float_accuracy",
+    "The float network has {:.2f} %.",
+    float_top1,
+    within={"cifar10-resnet20": (85, 100)},
+)
 
 # %%
 budgets = results[results["average_bits"].isin(chapter.profile.budgets)]
-table = budgets.pivot_table(index="proxy", columns="average_bits", values="top1", aggfunc="mean")
+table = budgets.pivot_table(
+    index="proxy", columns="average_bits", values="top1", aggfunc="mean"
+)
 show_table(table.sort_values(3.0, ascending=False).reset_index(), decimals=1)
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Top-1 of each method's choice, one symbol per budget; the dashed line is the float network. The methods part at tight budgets and meet at loose ones.", "name": "fig-05-1"}, "image": {"alt": "One row per method with a dot per budget on an axis of top-1; the dots of tight budgets lie far left and spread most."}}
@@ -161,7 +194,9 @@ images = int(results["n_a"].iloc[0] + results["n_b"].iloc[0])
 
 def interval(percent: float) -> tuple[float, float]:
     """Return Wilson's 95 % interval of an accuracy in percent over the test images."""
-    found = binomtest(round(percent / 100 * images), images).proportion_ci(method="wilson")
+    found = binomtest(round(percent / 100 * images), images).proportion_ci(
+        method="wilson"
+    )
     return 100 * found.low, 100 * found.high
 
 
@@ -191,16 +226,25 @@ chapter.claim(
 # half A of the test images, so here are its configurations on half B as well:
 
 # %%
-halves = budgets[budgets["proxy"].isin(["evolved", "uniform", "sqrt one-layer KL"])].assign(
-    half_a=lambda t: 100 * t["correct_a"] / t["n_a"], half_b=lambda t: 100 * t["correct_b"] / t["n_b"]
+halves = budgets[
+    budgets["proxy"].isin(["evolved", "uniform", "sqrt one-layer KL"])
+].assign(
+    half_a=lambda t: 100 * t["correct_a"] / t["n_a"],
+    half_b=lambda t: 100 * t["correct_b"] / t["n_b"],
 )
-show_table(halves[["proxy", "average_bits", "top1", "half_a", "half_b", "size_bytes"]], decimals=2)
+show_table(
+    halves[["proxy", "average_bits", "top1", "half_a", "half_b", "size_bytes"]],
+    decimals=2,
+)
 
 # %% [markdown]
 # How does the ranking by accuracy change from budget to budget? One row per method, 1 is best:
 
 # %%
-show_table(methods.rank(ascending=False).astype(int).sort_values(3.0).reset_index(), decimals=0)
+show_table(
+    methods.rank(ascending=False).astype(int).sort_values(3.0).reset_index(),
+    decimals=0,
+)
 
 # %% [markdown]
 # ## What we found
@@ -228,13 +272,24 @@ show_table(methods.rank(ascending=False).astype(int).sort_values(3.0).reset_inde
 # :::
 
 # %% tags=["hide-cell"]
-assert export.pack_codes(np.array([1, 15, 8], dtype=np.uint8), 4).tolist() == [241, 8]
+assert export.pack_codes(np.array([1, 15, 8], dtype=np.uint8), 4).tolist() == [
+    241,
+    8,
+]
 
 # %% tags=["hide-cell"]
-gap = (100 * (budgets["correct_a"] / budgets["n_a"] - budgets["correct_b"] / budgets["n_b"])).abs()
+gap = (
+    100
+    * (
+        budgets["correct_a"] / budgets["n_a"]
+        - budgets["correct_b"] / budgets["n_b"]
+    )
+).abs()
 largest = budgets.loc[gap.idxmax()]
 share = largest["top1"] / 100
-error = 100 * np.sqrt(share * (1 - share) * (1 / largest["n_a"] + 1 / largest["n_b"]))
+error = 100 * np.sqrt(
+    share * (1 - share) * (1 / largest["n_a"] + 1 / largest["n_b"])
+)
 print(largest["proxy"], gap.max(), "against a standard error of", error)
 
 # %% tags=["hide-cell"]

@@ -20,7 +20,9 @@
 
 # %% tags=["parameters"]
 PROFILE = "cifar10-resnet20"  # which study the chapter shows
-REBUILD = False  # the ledger reads what the chapters wrote; both values do the same
+REBUILD = (
+    False  # the ledger reads what the chapters wrote; both values do the same
+)
 
 # %% tags=["hide-input"]
 from emq_lib.report import read_ledger, show_table, start_chapter
@@ -30,7 +32,15 @@ chapter = start_chapter("ledger", PROFILE, REBUILD)
 # %%
 ledger = read_ledger(chapter)
 assert ledger["key"].is_unique
-show_table(ledger[["chapter", "sentence", "value", "lo", "hi", "n", "paper"]], decimals=3)
+show_table(
+    ledger[["chapter", "sentence", "value", "lo", "hi", "n", "paper"]],
+    decimals=3,
+)
 
 # %%
-chapter.claim("claims", "The chapters make {:.0f} claims, each of them computed above.", len(ledger), within=(20, 500))
+chapter.claim(
+    "claims",
+    "The chapters make {:.0f} claims, each of them computed above.",
+    len(ledger),
+    within=(20, 500),
+)

@@ -98,7 +98,8 @@ def build_pages(build: pathlib.Path, html: pathlib.Path) -> pathlib.Path:
         shutil.copy(REPOSITORY / name, source / name)
     shutil.rmtree(build / "pages", ignore_errors=True)
     options = ["--warningiserror", "--keep-going", "--nitpick", "--all", "--path-output", str(build / "pages")]
-    command = [sys.executable, "-m", "jupyter_book.cli.main", "build", str(source), *options]
+    program = pathlib.Path(sys.executable).with_name("jupyter-book")
+    command = [str(program), "build", str(source), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ChapterError(f"The pages were not built:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
@@ -108,7 +109,7 @@ def build_pages(build: pathlib.Path, html: pathlib.Path) -> pathlib.Path:
 
 
 def refresh_outputs(name: str, build: pathlib.Path) -> None:
-    """Write a chapter's executed outputs into its notebook in ``book/``, without a trace of papermill.
+    """Write a chapter's executed outputs into its notebook in ``book/``, without a trace of papermill or of warnings.
 
     The figure of a cell tagged "headline" also becomes ``book/_static/headline.png``.
     """
@@ -118,7 +119,8 @@ def refresh_outputs(name: str, build: pathlib.Path) -> None:
     notebook.metadata["language_info"] = {"name": "python"}
     for cell, done in zip(notebook.cells, run, strict=True):
         if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = done.outputs, done.execution_count
+            cell.outputs = [output for output in done.outputs if output.get("name") != "stderr"]
+            cell.execution_count = done.execution_count
         if HEADLINE in cell.metadata.get("tags", []):
             image = next(output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {}))
             (REPOSITORY / "book" / "_static" / "headline.png").write_bytes(base64.b64decode(image))
