@@ -26,14 +26,12 @@
 # | files read | `model.safetensors`, `layers.csv`, `bench.parquet` of the study |
 # | time and memory | about a minute and 2 GB to read; with `REBUILD = True` also the training and the measuring (manifest at the end) |
 #
-# The bench that the paper's experiment was run on, MQ-Bench-101, was never published: no commit of the official
-# release contains its file {cite:p}`emq2023`. This chapter builds another one, which anybody can open with pandas.
+# The bench that the paper {cite:p}`emq2023` was evaluated on, MQ-Bench-101, cannot be had: no commit of the official
+# release contains its file. This chapter builds another one, which anybody can open with pandas.
 
 # %% tags=["parameters"]
-PROFILE = "cifar10-resnet20"  # which study the chapter shows
-REBUILD = (
-    False  # False: read data/<PROFILE>/; True: train, measure and write it here
-)
+PROFILE = "cifar10-resnet20"  # study to show
+REBUILD = False  # True: compute the study here
 
 # %% tags=["hide-input"]
 import json
@@ -41,8 +39,6 @@ import json
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from safetensors import safe_open
-
 from emq_lib import bench, quantizers, training
 from emq_lib.artefacts import checked_path, read_manifest
 from emq_lib.datasets import load_dataset
@@ -57,6 +53,7 @@ from emq_lib.report import (
     show_table,
     start_chapter,
 )
+from safetensors import safe_open
 
 chapter = start_chapter("01_bench", PROFILE, REBUILD)
 

@@ -28,15 +28,14 @@
 # | time and memory | a minute and 1 GB to read; `REBUILD = True` also passes the calibration images through the network |
 
 # %% tags=["parameters"]
-PROFILE = "cifar10-resnet20"  # which study the chapter shows
-REBUILD = False  # False: read data/<PROFILE>/; True: compute the statistics and scores here
+PROFILE = "cifar10-resnet20"  # study to show
+REBUILD = False  # True: compute the study here
 
 # %% tags=["hide-input"]
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-
 from emq_lib import layer_statistics, proxies, ranking
 from emq_lib.artefacts import checked_path
 from emq_lib.bench import Bench

@@ -28,8 +28,8 @@
 # | time and memory | about two minutes and 1 GB; `REBUILD = True` runs the search for every seed |
 
 # %% tags=["parameters"]
-PROFILE = "cifar10-resnet20"  # which study the chapter shows
-REBUILD = False  # False: read data/<PROFILE>/; True: evolve here
+PROFILE = "cifar10-resnet20"  # study to show
+REBUILD = False  # True: compute the study here
 
 # %% tags=["hide-input"]
 import dataclasses
@@ -38,8 +38,6 @@ import time
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from IPython.display import Math
-
 from emq_lib import evolution, ranking, search_space
 from emq_lib.bench import Bench
 from emq_lib.costs import gather
@@ -54,6 +52,7 @@ from emq_lib.report import (
     show_table,
     start_chapter,
 )
+from IPython.display import Math
 
 chapter = start_chapter("03_evolution", PROFILE, REBUILD)
 

@@ -28,8 +28,8 @@
 # | time and memory | a minute and 1 GB to read; with `REBUILD = True` also the measuring (manifest in chapter 01) |
 
 # %% tags=["parameters"]
-PROFILE = "cifar10-resnet20"  # which study the chapter shows
-REBUILD = False  # False: read data/<PROFILE>/; True: allocate and measure here
+PROFILE = "cifar10-resnet20"  # study to show
+REBUILD = False  # True: compute the study here
 
 # %% tags=["hide-input"]
 import itertools
@@ -37,7 +37,6 @@ import itertools
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-
 from emq_lib import allocation, bench, quantization
 from emq_lib.costs import CostTable, average_bits_cost, gather
 from emq_lib.datasets import load_dataset

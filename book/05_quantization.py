@@ -27,8 +27,8 @@
 # | time and memory | a minute and 1 GB |
 
 # %% tags=["parameters"]
-PROFILE = "cifar10-resnet20"  # which study the chapter shows
-REBUILD = False  # chapter 04 measures what this chapter shows, so both values read the study
+PROFILE = "cifar10-resnet20"  # study to show
+REBUILD = False  # nothing to compute here
 
 # %% tags=["hide-input"]
 import json
@@ -39,9 +39,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import safe_open
-from scipy.stats import binomtest
-
 from emq_lib import export, quantization, quantizers
 from emq_lib.artefacts import checked_path
 from emq_lib.bench import load_layers, load_network, parse_bits
@@ -49,6 +46,8 @@ from emq_lib.datasets import load_dataset
 from emq_lib.models import fold_batchnorm, load_checkpoint, predict, top1
 from emq_lib.profiles import get_profile
 from emq_lib.report import plot_dots, show_source, show_table, start_chapter
+from safetensors import safe_open
+from scipy.stats import binomtest
 
 chapter = start_chapter("05_quantization", PROFILE, REBUILD)
 

@@ -19,10 +19,8 @@
 # typed.
 
 # %% tags=["parameters"]
-PROFILE = "cifar10-resnet20"  # which study the chapter shows
-REBUILD = (
-    False  # the ledger reads what the chapters wrote; both values do the same
-)
+PROFILE = "cifar10-resnet20"  # study to show
+REBUILD = False  # nothing to compute here
 
 # %% tags=["hide-input"]
 from emq_lib.report import read_ledger, show_table, start_chapter
