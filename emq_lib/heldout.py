@@ -52,8 +52,8 @@ def build_heldout(profile: Profile) -> None:
     """Rank the held-out configurations by every score table of the study and write ``heldout.csv``.
 
     One row per table, and one for the noise ceiling: how the true accuracies would rank these measurements. rho at 20,
-    50 and 100 % with 95 % bootstrap intervals; partial rho given size and BOPs; Kendall's tau; fitness on the search half
-    (which chose the evolved proxy); seconds.
+    50 and 100 % with 95 % bootstrap intervals; partial rho given size and BOPs; Kendall's tau; fitness on the search
+    half (which chose the evolved proxy); seconds.
     """
     started = time.perf_counter()
     bench = Bench.load(profile)
