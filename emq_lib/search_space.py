@@ -283,22 +283,21 @@ class Evaluator:
 
 _SYMBOLS = {"W": "W", "A": "A", "G": "G", "H": "H", "E": "E_b", "bW": "b W", "bA": "b A", "bG": "b G", "bH": "b H"}
 _LATEX = {
-    "log": r"\log({}_+)",
-    "abslog": r"\log\lvert {}\rvert",
-    "abs": r"\lvert {}\rvert",
-    "pow2": r"({})^2",
-    "exp": r"e^{{{}}}",
-    "sqrt": r"\sqrt{{({})_+}}",
-    "invert": r"({})^{{-1}}",
-    "negate": r"-({})",
-    "relu": r"({})_+",
-    "sum": r"\textstyle\sum {}",
-    "l1": r"\overline{{\lvert {}\rvert}}",
-    "mean": r"\overline{{{}}}",
-    "frobenius": r"\lVert {}\rVert",
-    "no_op": "{}",
+    "log": r"\log(@)_+",
+    "abslog": r"\log\lvert @\rvert",
+    "abs": r"\lvert @\rvert",
+    "pow2": r"(@)^2",
+    "exp": r"e^{@}",
+    "sqrt": r"\sqrt{(@)_+}",
+    "invert": r"(@)^{-1}",
+    "negate": r"-(@)",
+    "relu": r"(@)_+",
+    "sum": r"\textstyle\sum @",
+    "l1": r"\overline{\lvert @\rvert}",
+    "mean": r"\overline{@}",
+    "frobenius": r"\lVert @\rVert",
 }
-_JOINED = {"sum": "{} + {}", "difference": "{} - {}", "product": r"{} \cdot {}", "ratio": r"\frac{{{}}}{{{}}}"}
+_JOINED = {"sum": "@ + @", "difference": "@ - @", "product": r"@ \cdot @", "ratio": r"\frac{@}{@}"}
 
 
 def to_latex(genotype: Genotype) -> str:
@@ -311,6 +310,11 @@ def to_latex(genotype: Genotype) -> str:
     for branch in canonical(genotype).branches:
         formula = _SYMBOLS[branch.source]
         for unary in branch.unaries:
-            formula = _LATEX.get(unary, rf"\operatorname{{{unary.replace('_', '')}}}({{}})").format(formula)
+            if unary != "no_op":
+                template = _LATEX.get(unary, rf"\operatorname{{{unary.replace('_', '')}}}(@)")
+                formula = template.replace("@", formula)
         parts.append(rf"\overline{{{formula}}}")
-    return r"S = \sum_l " + (parts[0] if len(parts) == 1 else _JOINED[genotype.binary].format(*parts))
+    joined = "@" if genotype.binary is None else _JOINED[genotype.binary]
+    for part in parts:
+        joined = joined.replace("@", part, 1)
+    return r"S = \sum_l " + joined
