@@ -16,10 +16,12 @@
 #
 # **Question.** Can an evolutionary search find a formula that ranks configurations better than those that people made?
 #
-# **Answer.** On the half that the search saw, yes: fitness {glue:text}`evolved_fitness:.2f` against
-# {glue:text}`hand_fitness:.2f` for the best hand-made proxy. On the held-out half the evolved proxy has rho
-# {glue:text}`evolved_rho:.2f` (95 % interval {glue:text}`evolved_rho_lo:.2f` to {glue:text}`evolved_rho_hi:.2f`), the
-# hand-made one {glue:text}`hand_rho:.2f`. What that difference is worth is the subject of this chapter.
+# **Answer.** Better than those made from the same ingredients, on the half that it searched: in the published study
+# its fitness is {glue:text}`evolved_fitness:.2f` against {glue:text}`same_fitness:.2f`. On held-out configurations that
+# lead is gone: rho is {glue:text}`evolved_rho:.2f` (95 % interval {glue:text}`evolved_rho_lo:.2f` to
+# {glue:text}`evolved_rho_hi:.2f`) against {glue:text}`same_rho:.2f`. And the proxies that pass images through quantized layers,
+# which no formula of this space can express, stay ahead with {glue:text}`hand_rho:.2f`. The search does its work; what it searches is the
+# limit.
 #
 # | you need | |
 # |---|---|
@@ -289,21 +291,12 @@ Math(search_space.to_latex(winner))
 # %%
 results = load_heldout(chapter.profile).set_index("proxy")
 hand_made = results[results["variant"] == "corrected"]
-best_name = hand_made["search_fitness"].idxmax()
-best, evolved = results.loc[best_name], results.loc["evolved"]
+evolved = results.loc["evolved"]
 chapter.claim(
     "evolved_fitness",
     "Fitness of the evolved proxy on the search half: {:.2f}",
     evolved.search_fitness,
-    within={"cifar10-resnet20": (0.3, 1)},
-)
-
-# %%
-chapter.claim(
-    "hand_fitness",
-    f"Fitness of the best hand-made one ({best_name}): {{:.2f}}",
-    best.search_fitness,
-    within={"cifar10-resnet20": (0.2, 1)},
+    within={"cifar10-resnet20": (0.5, 0.7)},
 )
 
 # %%
@@ -311,18 +304,52 @@ chapter.claim(
     "evolved_rho",
     "Held-out rho of the evolved proxy: {:.2f}",
     evolved.rho100,
-    within={"cifar10-resnet20": (0.3, 1)},
+    within={"cifar10-resnet20": (0.55, 0.8)},
     interval=(evolved.lo, evolved.hi),
     n=int(evolved.n),
     paper="0.7921 at n = 50 on MQ-Bench-101, ResNet-18 (secondary summary)",
 )
 
+# %% [markdown]
+# Two rivals are fair. One is the best hand-made proxy that uses nothing but $W$, $G$, $H$ and $E$, the ingredients of the search. The
+# other is the best hand-made proxy of all. Both are chosen by their fitness on the search half.
+
+# %%
+ingredients = ["bit-SNIP", "HAWQ-V2", "Fisher error", "relative weight error"]
+same_name = results.loc[ingredients, "search_fitness"].idxmax()
+best_name = hand_made["search_fitness"].idxmax()
+same, best = results.loc[same_name], results.loc[best_name]
+show_table(
+    results.loc[
+        ["evolved", same_name, best_name],
+        ["search_fitness", "heldout_fitness", "rho100", "lo", "hi", "n"],
+    ].reset_index()
+)
+
+# %%
+chapter.claim(
+    "same_fitness",
+    f"Fitness of {same_name} on the search half: {{:.2f}}",
+    same.search_fitness,
+    within={"cifar10-resnet20": (0.4, 0.6)},
+)
+
+# %%
+chapter.claim(
+    "same_rho",
+    f"Held-out rho of {same_name}: {{:.2f}}",
+    same.rho100,
+    within={"cifar10-resnet20": (0.55, 0.8)},
+    interval=(same.lo, same.hi),
+    n=int(same.n),
+)
+
 # %%
 chapter.claim(
     "hand_rho",
-    f"Held-out rho of the best hand-made one ({best_name}): {{:.2f}}",
+    f"Held-out rho of {best_name}: {{:.2f}}",
     best.rho100,
-    within={"cifar10-resnet20": (0.3, 1)},
+    within={"cifar10-resnet20": (0.7, 0.9)},
     interval=(best.lo, best.hi),
     n=int(best.n),
 )
@@ -345,50 +372,75 @@ scores = {
     name: gather(entry["table"], heldout.configs, chapter.profile.choices)
     for name, entry in tables.items()
 }
-difference = ranking.compare(
-    scores["evolved"],
-    scores[best_name],
-    heldout.top1,
-    rng=chapter.profile.rng("evolved against best"),
+rng = chapter.profile.rng("evolved against hand-made")
+against = {
+    name: ranking.compare(
+        scores["evolved"], scores[name], heldout.top1, rng=rng
+    )
+    for name in (same_name, best_name)
+}
+p_values = ranking.holm([one.p for one in against.values()])
+
+# %%
+one = against[same_name]
+chapter.claim(
+    "evolved_minus_same",
+    f"Evolved minus {same_name}: {{:.3f}}",
+    one.difference,
+    within={"cifar10-resnet20": (-0.1, 0.1)},
+    interval=(one.lo, one.hi),
+    n=one.n,
 )
+
+# %%
+chapter.claim(
+    "evolved_same_p",
+    "The Holm-corrected p-value of that difference is {:.3f}.",
+    p_values[0],
+    within=(0, 1),
+    n=one.n,
+)
+
+# %%
+one = against[best_name]
 chapter.claim(
     "evolved_minus_hand",
     f"Evolved minus {best_name}: {{:.3f}}",
-    difference.difference,
-    within={"cifar10-resnet20": (-0.6, 0.6)},
-    interval=(difference.lo, difference.hi),
-    n=difference.n,
+    one.difference,
+    within={"cifar10-resnet20": (-0.3, 0.0)},
+    interval=(one.lo, one.hi),
+    n=one.n,
 )
 
 # %%
 chapter.claim(
     "evolved_p",
-    "with a bootstrap p-value of {:.3f}.",
-    difference.p,
+    "The Holm-corrected p-value of that difference is {:.4f}.",
+    p_values[1],
     within=(0, 1),
-    n=difference.n,
+    n=one.n,
 )
 
 # %% [markdown]
-# The fitness fell on its way to the held-out half by what the search overfitted, plus what the halves differ by; the second part shows in the
-# proxies that nobody fitted.
+# How much of the fitness was fitted to the search half? The two halves differ by chance, and the proxies that nobody fitted show
+# by how much. What the evolved proxy loses beyond that is overfitting.
 
 # %%
 gap = results["search_fitness"] - results["heldout_fitness"]
 chapter.claim(
-    "overfitting_gap",
-    "The evolved proxy loses {:.3f} of fitness,",
-    gap["evolved"],
-    within={"cifar10-resnet20": (-0.6, 0.6)},
+    "untouched_gap",
+    "From the search half to the held-out half the hand-made proxies lose {:.3f} of fitness on average,",
+    gap[hand_made.index].mean(),
+    within={"cifar10-resnet20": (-0.2, 0.2)},
+    n=len(hand_made),
 )
 
 # %%
 chapter.claim(
-    "untouched_gap",
-    "the hand-made ones {:.3f} on average.",
-    gap[hand_made.index].mean(),
-    within={"cifar10-resnet20": (-0.6, 0.6)},
-    n=len(hand_made),
+    "overfitting",
+    "and the evolved one {:.3f} more than that.",
+    gap["evolved"] - gap[hand_made.index].mean(),
+    within={"cifar10-resnet20": (-0.1, 0.2)},
 )
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Measured top-1 against the evolved score on the held-out configurations.", "name": "fig-03-3"}, "image": {"alt": "Scatter of top-1 against the evolved score, one point per held-out configuration."}}
@@ -407,9 +459,10 @@ plt.show()
 # ## What we found
 #
 # - At equal evaluations evolution ends {glue:text}`gain_over_random:.3f` above random search in fitness.
-# - Held out, the evolved proxy has rho {glue:text}`evolved_rho:.2f`, and {glue:text}`evolved_minus_hand:.3f` against the best
-#   hand-made proxy ({glue:text}`evolved_minus_hand_lo:.3f` to {glue:text}`evolved_minus_hand_hi:.3f`).
-# - Fitness on the search half is a poor witness: it fell by {glue:text}`overfitting_gap:.3f` on new configurations.
+# - Held out, the evolved proxy has rho {glue:text}`evolved_rho:.2f`: {glue:text}`evolved_minus_same:.3f` against the best
+#   hand-made proxy of the same ingredients, {glue:text}`evolved_minus_hand:.3f` against the best one of all
+#   ({glue:text}`evolved_minus_hand_lo:.3f` to {glue:text}`evolved_minus_hand_hi:.3f`).
+# - Some of its fitness belonged to the search half: it lost {glue:text}`overfitting:.3f` more than proxies that nobody fitted.
 #
 # ## What could be wrong
 #
