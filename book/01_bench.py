@@ -228,6 +228,10 @@ chapter.claim(
 #
 # From here on the chapter shows the study named by `PROFILE`. Its checkpoint carries its own facts: the epoch was
 # chosen on validation images, and the test images were looked at once.
+#
+# The schedule is a short one, made for processors without a GPU. For the network of `cifar10-resnet20` its
+# authors report 8.75 % error {cite:p}`resnet` after several times as many epochs, so the float network here is somewhat below what
+# the architecture can reach.
 
 # %%
 with safe_open(
@@ -238,7 +242,15 @@ chapter.claim(
     "float_top1",
     "The float network has {:.2f} % top-1.",
     card["top1"],
-    within={"cifar10-resnet20": (90, 93), "digits-resnet8": (95, 100)},
+    within={"cifar10-resnet20": (90, 91.25), "digits-resnet8": (95, 100)},
+)
+
+# %%
+chapter.claim(
+    "epochs",
+    "It was trained for {:.0f} epochs.",
+    chapter.profile.training.epochs,
+    within=(1, 100),
 )
 
 # %%
@@ -420,7 +432,9 @@ manifest = (
     .reset_index()
 )
 show_table(
-    manifest[["file", "rows", "command", "commit", "device", "seconds"]],
+    manifest[
+        ["file", "rows", "command", "commit", "device", "seconds", "note"]
+    ],
     decimals=1,
 )
 

@@ -171,4 +171,5 @@ def build_checkpoint(profile: Profile, data: ImageData) -> None:
         "model.safetensors",
         command=f"emq_lib.training.build_checkpoint on {profile.name}",
         seconds=result.seconds,
+        note=f"one-cycle schedule of {profile.training.epochs} epochs, the best on the validation images kept",
     )
