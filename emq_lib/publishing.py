@@ -74,6 +74,7 @@ def execute(name: str, profile: str, *, rebuild: bool, build: pathlib.Path, stud
             kernel_name=KERNEL,
             cwd=str(REPOSITORY / "book"),
             progress_bar=False,
+            extra_arguments=["--log-level=ERROR"],
         )
     except PapermillExecutionError as error:
         raise ChapterError(
