@@ -241,21 +241,16 @@ show_table(summary)
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Best fitness against evaluations, one curve per seed. Where the curves of evolution lie above those of random search at the same number of evaluations, selection earns its keep.", "name": "fig-03-1"}, "image": {"alt": "Two panels, linear and branched, of best fitness against evaluations; step curves of evolution and of random search, one per seed."}}
 figure, axes = plt.subplots(1, 2, figsize=(6.5, 3.4), sharey=True)
 for ax, structure in zip(axes, search_space.STRUCTURES, strict=True):
-    for method, colour in (
-        ("evolution", "evolved"),
-        ("random search", "random"),
-    ):
-        runs = log[
-            (log["structure"] == structure) & (log["method"] == method)
-        ].groupby("seed")
-        curves = {
-            colour: [
-                (run["evaluations"].to_numpy(), run["fitness"].to_numpy())
-                for _, run in runs
-            ]
-        }
-        plot_curves(curves, xlabel="fitness evaluations", ylabel="", ax=ax)
+    curves = {
+        method: [
+            (run["evaluations"].to_numpy(), run["fitness"].to_numpy())
+            for _, run in runs.groupby("seed")
+        ]
+        for method, runs in log[log["structure"] == structure].groupby("method")
+    }
+    plot_curves(curves, xlabel="fitness evaluations", ylabel="", ax=ax)
     ax.set_title(structure)
+axes[0].set_ylim(summary["fitness"].min() - 0.15, None)
 axes[0].set_ylabel("best fitness (search half)")
 plt.show()
 
@@ -269,7 +264,7 @@ chapter.claim(
     "gain_over_random",
     "Evolution ends {:.3f} above random search at equal evaluations",
     gains.mean(),
-    within={"cifar10-resnet20": (-0.5, 0.5)},
+    within={"cifar10-resnet20": (0, 0.05)},
     interval=tuple(np.quantile(ends, [0.025, 0.975])),
     n=len(gains),
 )
@@ -397,7 +392,7 @@ chapter.claim(
     "evolved_same_p",
     "The Holm-corrected p-value of that difference is {:.3f}.",
     p_values[0],
-    within=(0, 1),
+    within={"cifar10-resnet20": (0.05, 1)},
     n=one.n,
 )
 
@@ -417,7 +412,7 @@ chapter.claim(
     "evolved_p",
     "The Holm-corrected p-value of that difference is {:.4f}.",
     p_values[1],
-    within=(0, 1),
+    within={"cifar10-resnet20": (0, 0.05)},
     n=one.n,
 )
 
@@ -426,21 +421,21 @@ chapter.claim(
 # by how much. What the evolved proxy loses beyond that is overfitting.
 
 # %%
-gap = results["search_fitness"] - results["heldout_fitness"]
+change = results["heldout_fitness"] - results["search_fitness"]
 chapter.claim(
-    "untouched_gap",
-    "From the search half to the held-out half the hand-made proxies lose {:.3f} of fitness on average,",
-    gap[hand_made.index].mean(),
-    within={"cifar10-resnet20": (-0.2, 0.2)},
+    "untouched_change",
+    "From the search half to the held-out half the fitness of the hand-made proxies changes by {:+.3f} on average,",
+    change[hand_made.index].mean(),
+    within={"cifar10-resnet20": (-0.1, 0.1)},
     n=len(hand_made),
 )
 
 # %%
 chapter.claim(
     "overfitting",
-    "and the evolved one {:.3f} more than that.",
-    gap["evolved"] - gap[hand_made.index].mean(),
-    within={"cifar10-resnet20": (-0.1, 0.2)},
+    "and that of the evolved one ends {:.3f} below where this change would have put it.",
+    change[hand_made.index].mean() - change["evolved"],
+    within={"cifar10-resnet20": (0, 0.1)},
 )
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Measured top-1 against the evolved score on the held-out configurations.", "name": "fig-03-3"}, "image": {"alt": "Scatter of top-1 against the evolved score, one point per held-out configuration."}}
@@ -462,7 +457,8 @@ plt.show()
 # - Held out, the evolved proxy has rho {glue:text}`evolved_rho:.2f`: {glue:text}`evolved_minus_same:.3f` against the best
 #   hand-made proxy of the same ingredients, {glue:text}`evolved_minus_hand:.3f` against the best one of all
 #   ({glue:text}`evolved_minus_hand_lo:.3f` to {glue:text}`evolved_minus_hand_hi:.3f`).
-# - Some of its fitness belonged to the search half: it lost {glue:text}`overfitting:.3f` more than proxies that nobody fitted.
+# - Some of its fitness belonged to the search half: against the proxies that nobody
+#   fitted, it lost {glue:text}`overfitting:.3f` on the held-out half.
 #
 # ## What could be wrong
 #

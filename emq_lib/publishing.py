@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import base64
 import os
 import pathlib
@@ -70,7 +71,7 @@ def execute(name: str, profile: str, *, rebuild: bool, build: pathlib.Path, stud
         papermill.execute_notebook(
             str(source),
             str(target),
-            parameters={"PROFILE": profile, "REBUILD": rebuild},
+            parameters=_changed_parameters(source, {"PROFILE": profile, "REBUILD": rebuild}),
             kernel_name=KERNEL,
             cwd=str(REPOSITORY / "book"),
             progress_bar=False,
@@ -126,6 +127,12 @@ def refresh_outputs(name: str, build: pathlib.Path) -> None:
             image = next(output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {}))
             (REPOSITORY / "book" / "_static" / "headline.png").write_bytes(base64.b64decode(image))
     nbformat.write(notebook, REPOSITORY / "book" / f"{name}.ipynb")
+
+
+def _changed_parameters(notebook: pathlib.Path, parameters: dict[str, object]) -> dict[str, object]:
+    """Return those parameters that differ from the notebook's own, so that a page does not say the same twice."""
+    defaults = papermill.inspect_notebook(str(notebook))
+    return {name: value for name, value in parameters.items() if ast.literal_eval(defaults[name]["default"]) != value}
 
 
 def _read_source(name: str) -> nbformat.NotebookNode:

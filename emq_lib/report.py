@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import Markdown, display
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from myst_nb import glue
 
 from emq_lib.artefacts import REPOSITORY
@@ -38,8 +40,10 @@ COLOURS = {
     "additive oracle": "#8c6d1f",
     "pairwise oracle": "#5c4a14",
     "noise ceiling": "#8a8a8a",
-    "uniform": "#8a8a8a",
+    "uniform": "#333333",
     "random": "#b0b0b0",
+    "evolution": "#d55e00",
+    "random search": "#b0b0b0",
 }
 
 
@@ -97,7 +101,9 @@ class Chapter:
         if interval:
             glue(f"{key}_lo", float(interval[0]), display=False)
             glue(f"{key}_hi", float(interval[1]), display=False)
-            text += f" (95 % interval {interval[0]:.2f} to {interval[1]:.2f}" + (f", n = {n})" if n else ")")
+            low, high = (re.search(r"{.*?}", sentence)[0].format(end) for end in interval)
+            words = text.rstrip(".,;")
+            text = f"{words} (95 % interval {low} to {high}" + (f", n = {n})" if n else ")") + text[len(words) :]
         row = {
             "key": key,
             "sentence": sentence.format(value),
@@ -147,6 +153,7 @@ def show_source(*functions: object) -> None:
 
 def show_table(table: pd.DataFrame, *, decimals: int = 2) -> None:
     """Show a table without its index, numbers rounded."""
+    table = table.rename(columns=lambda name: f"{name:g}" if isinstance(name, float) else name)
     display(table.style.format(precision=decimals, na_rep="–").hide(axis="index"))
 
 
@@ -155,9 +162,11 @@ def plot_histogram(values: np.ndarray, marks: Mapping[str, float], *, xlabel: st
     ax = ax or plt.gca()
     ax.hist(values, bins=40, color=COLOURS["random"])
     top = ax.get_ylim()[1]
-    for label, value in marks.items():
+    for line, (label, value) in enumerate(sorted(marks.items(), key=lambda mark: mark[1])):
         ax.axvline(value, color=COLOURS["evolved"], linewidth=1.2)
-        ax.annotate(label, (value, top), xytext=(3, -2), textcoords="offset points", va="top", color=COLOURS["evolved"])
+        left = value < np.mean(ax.get_xlim())
+        place = {"xytext": (3 if left else -3, -2 - 10 * line), "ha": "left" if left else "right"}
+        ax.annotate(label, (value, top), **place, textcoords="offset points", va="top", color=COLOURS["evolved"])
     ax.set(xlabel=xlabel, ylabel="configurations")
     return ax
 
@@ -210,9 +219,10 @@ def plot_forest(
     ax = ax or plt.gca()
     ordered = table.sort_values("rho100").reset_index(drop=True)
     for label, (lo, hi) in (bands or {}).items():
-        ax.axvspan(lo, hi, color=COLOURS.get(label, "#999999"), alpha=0.25, linewidth=0)
+        colour = COLOURS.get(label, "#999999")
+        ax.axvspan(lo, hi, color=colour, alpha=0.25)
         ax.annotate(
-            label, ((lo + hi) / 2, -0.9), ha="center", va="center", fontsize=8, color=COLOURS.get(label, "#999999")
+            label, (lo, -0.9), xytext=(-4, 0), textcoords="offset points", ha="right", va="center", color=colour
         )
     for row in ordered.itertuples():
         colour = COLOURS.get(row.proxy, "#999999")
@@ -226,7 +236,7 @@ def plot_forest(
 def plot_curves(
     curves: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]], *, xlabel: str, ylabel: str, ax: Axes | None = None
 ) -> Axes:
-    """Draw families of curves, each family in one colour, labelled at its end.
+    """Draw families of curves, each family in one colour.
 
     Args:
         curves: label -> list of (x, y), one pair per seed.
@@ -237,17 +247,15 @@ def plot_curves(
     ax = ax or plt.gca()
     for label, family in curves.items():
         colour = COLOURS.get(label, "#999999")
-        for x, y in family:
-            ax.plot(x, y, color=colour, alpha=0.45, linewidth=1)
-        ends = np.mean([(x[-1], y[-1]) for x, y in family], axis=0)
-        ax.annotate(label, ends, xytext=(6, 0), textcoords="offset points", va="center", color=colour)
+        for index, (x, y) in enumerate(family):
+            ax.plot(x, y, color=colour, alpha=0.6, linewidth=1.2, label=label if index == 0 else None)
     ax.set(xlabel=xlabel, ylabel=ylabel)
-    ax.margins(x=0.12)
+    ax.legend(frameon=False, fontsize=8, loc="lower right")
     return ax
 
 
 def plot_front(points: pd.DataFrame, *, x: str, ax: Axes | None = None) -> Axes:
-    """Draw measured top-1 against a cost, one line per method, labelled at its right end.
+    """Draw measured top-1 against a cost, one line per method.
 
     Args:
         points: columns proxy, top1 and the cost column named by `x`.
@@ -257,12 +265,9 @@ def plot_front(points: pd.DataFrame, *, x: str, ax: Axes | None = None) -> Axes:
     ax = ax or plt.gca()
     for name, group in points.groupby("proxy", sort=False):
         ordered, colour = group.sort_values(x), COLOURS.get(name, "#999999")
-        ax.plot(ordered[x], ordered["top1"], marker="o", markersize=4, color=colour)
-        ax.annotate(
-            name, ordered[[x, "top1"]].iloc[-1], xytext=(6, 0), textcoords="offset points", va="center", color=colour
-        )
+        ax.plot(ordered[x], ordered["top1"], marker="o", markersize=4, color=colour, label=name)
     ax.set(ylabel="top-1 on all test images (%)")
-    ax.margins(x=0.15)
+    ax.legend(frameon=False, fontsize=8, loc="lower right")
     return ax
 
 
@@ -296,12 +301,13 @@ def plot_tables(tables: Mapping[str, np.ndarray], *, ax: Axes | None = None) -> 
         loss = table[:, -1] - table[:, 0]
         ax.plot(range(1, len(loss) + 1), loss / loss.sum(), marker="o", markersize=3, label=name, color=COLOURS[name])
     ax.set(xlabel="searchable layer, in forward order", ylabel="share of the loss at the fewest bits")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(frameon=False, fontsize=7, ncols=2)
     return ax
 
 
 def plot_dots(table: pd.DataFrame, *, float_top1: float, ax: Axes | None = None) -> Axes:
-    """Draw one row per method and one symbol per budget, the float accuracy as a dashed line.
+    """Draw one row per method, the first on top, and one symbol per budget; a dashed line is the float accuracy.
 
     Args:
         table: top-1 in percent, index method, one column per number of average bits; entries may be missing.
@@ -309,7 +315,7 @@ def plot_dots(table: pd.DataFrame, *, float_top1: float, ax: Axes | None = None)
         ax: axes to draw on.
     """
     ax = ax or plt.gca()
-    ordered = table.sort_values(list(table.columns)[1])
+    ordered = table[::-1]
     shades = plt.get_cmap("cividis")(np.linspace(0.05, 0.85, table.shape[1]))
     for (average, column), shade in zip(ordered.items(), shades, strict=True):
         ax.scatter(column, range(len(column)), color=shade, s=26, label=f"{average:g} bits", zorder=3)

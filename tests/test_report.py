@@ -14,7 +14,7 @@ def chapter(tmp_path, monkeypatch):
 
 def test_a_claim_that_holds_is_stated_and_entered(chapter):
     text = chapter.claim("key", "It is {:.1f}", 2, within=(1, 3), interval=(1.5, 2.5), n=7, paper="3")
-    assert text.data == "It is 2.0 (95 % interval 1.50 to 2.50, n = 7)"
+    assert text.data == "It is 2.0 (95 % interval 1.5 to 2.5, n = 7)"
     row = report.read_ledger(chapter).iloc[0]
     assert (row["chapter"], row["key"], row["value"], row["lo"], row["n"], row["paper"]) == (
         "test",
