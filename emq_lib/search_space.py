@@ -313,7 +313,7 @@ def to_latex(genotype: Genotype) -> str:
             if unary != "no_op":
                 template = _LATEX.get(unary, rf"\operatorname{{{unary.replace('_', '')}}}(@)")
                 formula = template.replace("@", formula)
-        parts.append(formula if SCALAR & set(branch.unaries) else rf"\overline{{{formula}}}")
+        parts.append(formula if set(SCALAR) & set(branch.unaries) else rf"\overline{{{formula}}}")
     joined = "@" if genotype.binary is None else _JOINED[genotype.binary]
     for part in parts:
         joined = joined.replace("@", part, 1)
