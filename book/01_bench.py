@@ -357,7 +357,7 @@ effects = pd.DataFrame(
     columns=chapter.profile.choices,
 )
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Mean top-1 by the bits of each layer, layers in forward order. Going from 2 to 3 bits buys nearly all of the accuracy, and layers differ widely in how much; 3 and 4 bits differ by less than the noise of a sample of this size.", "name": "fig-01-3"}, "image": {"alt": "Three lines of mean top-1 against the layer, one for 2, 3 and 4 bits. The line for 2 bits lies lowest at every layer, at some of them far lower."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Mean top-1 by the bits of each layer, layers in forward order. Going from 2 to 3 bits buys nearly all of the accuracy, and layers differ widely in how much; 3 and 4 bits differ by less than the noise of a sample of this size.", "name": "fig-01-3"}, "image": {"alt": "Three lines of mean top-1 against the layer, one for 2, 3 and 4 bits. The line for 2 bits lies lowest at nearly every layer, at some of them far lower."}}
 figure, ax = plt.subplots()
 plot_by_bits(effects, ax=ax)
 plt.show()

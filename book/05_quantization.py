@@ -200,7 +200,7 @@ def interval(percent: float) -> tuple[float, float]:
 
 
 best = methods[3.0].max()
-winners = " and ".join(methods.index[methods[3.0] == best])
+winners = ", ".join(methods.index[methods[3.0] == best])
 chapter.claim(
     "best_at_three",
     f"At 3 bits on average the best choice (by {winners}) has {{:.1f}} %",

@@ -248,7 +248,7 @@ def plot_curves(
     for label, family in curves.items():
         colour = COLOURS.get(label, "#999999")
         for index, (x, y) in enumerate(family):
-            ax.plot(x, y, color=colour, alpha=0.6, linewidth=1.2, label=label if index == 0 else None)
+            ax.step(x, y, where="post", color=colour, alpha=0.6, linewidth=1.2, label=label if index == 0 else None)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.legend(frameon=False, fontsize=8, loc="lower right")
     return ax
