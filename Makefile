@@ -38,7 +38,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check emq_lib tests book/*.py
 
 test: lint  ## lint, unit tests, doctests, and every chapter live on digits-resnet8
-	$(BIN)/python -m pytest -q --durations=8
+	$(BIN)/python -m pytest -q -rs --durations=8
 
 lab: $(READY)  ## open the chapters in JupyterLab
 	$(BIN)/jupyter lab book

@@ -277,7 +277,7 @@ plt.show()
 # %%
 chapter.claim(
     "spread_min",
-    "The worst random configuration has {:.1f} %,",
+    "The worst random configuration has {:.1f} % top-1.",
     sample.top1.min(),
     within={"cifar10-resnet20": (10, 40)},
     n=len(sample),
@@ -286,7 +286,7 @@ chapter.claim(
 # %%
 chapter.claim(
     "spread_max",
-    "the best {:.1f} %;",
+    "The best random configuration has {:.1f} % top-1.",
     sample.top1.max(),
     within={"cifar10-resnet20": (85, 91)},
     n=len(sample),
@@ -295,7 +295,7 @@ chapter.claim(
 # %%
 chapter.claim(
     "spread_sd",
-    "the standard deviation is {:.1f} points.",
+    "The standard deviation of top-1 over random configurations is {:.1f} points.",
     sample.top1.std(ddof=1),
     within={"cifar10-resnet20": (10, 20)},
     n=len(sample),
@@ -377,7 +377,7 @@ low, high = np.quantile(draws, [0.025, 0.975], axis=0)
 gains = np.diff(mean_by_bits(everything), axis=0).mean(axis=1)
 chapter.claim(
     "gain_two_to_three",
-    "Going from 2 to 3 bits in one layer gains {:.1f} points,",
+    "Going from 2 to 3 bits in one layer gains {:.1f} points of top-1.",
     gains[0],
     within={"cifar10-resnet20": (3, 8)},
     interval=(low[0], high[0]),
@@ -387,7 +387,7 @@ chapter.claim(
 # %%
 chapter.claim(
     "gain_three_to_four",
-    "going from 3 to 4 bits {:.1f}.",
+    "Going from 3 to 4 bits in one layer gains {:.1f} points of top-1.",
     gains[1],
     within={"cifar10-resnet20": (-2, 2)},
     interval=(low[1], high[1]),

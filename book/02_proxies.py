@@ -243,7 +243,7 @@ plt.show()
 row = results.set_index("proxy").loc["bit sum"]
 chapter.claim(
     "bit_sum_rho",
-    "Bit sum: rho = {:.2f}",
+    "Bit sum: rho = {:.2f}.",
     row.rho100,
     within={"cifar10-resnet20": (0.5, 0.7)},
     interval=(row.lo, row.hi),
@@ -258,7 +258,7 @@ hand_made = results[results["variant"] == "corrected"]
 best = hand_made.loc[hand_made["search_fitness"].idxmax()]
 chapter.claim(
     "best_rho",
-    f"Best hand-made proxy ({best.proxy}): rho = {{:.2f}}",
+    f"Best hand-made proxy ({best.proxy}): rho = {{:.2f}}.",
     best.rho100,
     within={"cifar10-resnet20": (0.75, 0.9)},
     interval=(best.lo, best.hi),
@@ -270,7 +270,7 @@ chapter.claim(
 row = results.set_index("proxy").loc["additive oracle"]
 chapter.claim(
     "oracle_rho",
-    "Additive oracle: rho = {:.2f}",
+    "Additive oracle: rho = {:.2f}.",
     row.rho100,
     within={"cifar10-resnet20": (0.87, 0.95)},
     interval=(row.lo, row.hi),

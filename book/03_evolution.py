@@ -119,7 +119,7 @@ sizes = {
 }
 chapter.claim(
     "unary_primitives",
-    "There are {:.0f} unary primitives",
+    "There are {:.0f} unary primitives.",
     unaries,
     within=(20, 100),
 )
@@ -127,7 +127,7 @@ chapter.claim(
 # %%
 chapter.claim(
     "space_size",
-    "and {:,.0f} branched genotypes.",
+    "There are {:,.0f} branched genotypes.",
     sizes["branched"],
     within=(1e6, 1e12),
 )
@@ -262,7 +262,7 @@ gains = paired["evolution"] - paired["random search"]
 ends = [np.mean(rng.choice(gains, size=len(gains))) for _ in range(2_000)]
 chapter.claim(
     "gain_over_random",
-    "Evolution ends {:.3f} above random search at equal evaluations",
+    "Evolution ends {:.3f} of fitness above random search at equal evaluations.",
     gains.mean(),
     within={"cifar10-resnet20": (0, 0.05)},
     interval=tuple(np.quantile(ends, [0.025, 0.975])),
@@ -289,7 +289,7 @@ hand_made = results[results["variant"] == "corrected"]
 evolved = results.loc["evolved"]
 chapter.claim(
     "evolved_fitness",
-    "Fitness of the evolved proxy on the search half: {:.2f}",
+    "Fitness of the evolved proxy on the search half: {:.2f}.",
     evolved.search_fitness,
     within={"cifar10-resnet20": (0.5, 0.7)},
 )
@@ -297,7 +297,7 @@ chapter.claim(
 # %%
 chapter.claim(
     "evolved_rho",
-    "Held-out rho of the evolved proxy: {:.2f}",
+    "Held-out rho of the evolved proxy: {:.2f}.",
     evolved.rho100,
     within={"cifar10-resnet20": (0.55, 0.8)},
     interval=(evolved.lo, evolved.hi),
@@ -324,7 +324,7 @@ show_table(
 # %%
 chapter.claim(
     "same_fitness",
-    f"Fitness of {same_name} on the search half: {{:.2f}}",
+    f"Fitness of {same_name} on the search half: {{:.2f}}.",
     same.search_fitness,
     within={"cifar10-resnet20": (0.4, 0.6)},
 )
@@ -332,7 +332,7 @@ chapter.claim(
 # %%
 chapter.claim(
     "same_rho",
-    f"Held-out rho of {same_name}: {{:.2f}}",
+    f"Held-out rho of {same_name}: {{:.2f}}.",
     same.rho100,
     within={"cifar10-resnet20": (0.55, 0.8)},
     interval=(same.lo, same.hi),
@@ -342,7 +342,7 @@ chapter.claim(
 # %%
 chapter.claim(
     "hand_rho",
-    f"Held-out rho of {best_name}: {{:.2f}}",
+    f"Held-out rho of {best_name}: {{:.2f}}.",
     best.rho100,
     within={"cifar10-resnet20": (0.7, 0.9)},
     interval=(best.lo, best.hi),
@@ -380,7 +380,7 @@ p_values = ranking.holm([one.p for one in against.values()])
 one = against[same_name]
 chapter.claim(
     "evolved_minus_same",
-    f"Evolved minus {same_name}: {{:.3f}}",
+    f"Evolved minus {same_name}: {{:.3f}}.",
     one.difference,
     within={"cifar10-resnet20": (-0.1, 0.1)},
     interval=(one.lo, one.hi),
@@ -390,7 +390,7 @@ chapter.claim(
 # %%
 chapter.claim(
     "evolved_same_p",
-    "The Holm-corrected p-value of that difference is {:.3f}.",
+    f"Evolved against {same_name}: Holm-corrected p = {{:.3f}}.",
     p_values[0],
     within={"cifar10-resnet20": (0.05, 1)},
     n=one.n,
@@ -400,7 +400,7 @@ chapter.claim(
 one = against[best_name]
 chapter.claim(
     "evolved_minus_hand",
-    f"Evolved minus {best_name}: {{:.3f}}",
+    f"Evolved minus {best_name}: {{:.3f}}.",
     one.difference,
     within={"cifar10-resnet20": (-0.3, 0.0)},
     interval=(one.lo, one.hi),
@@ -410,7 +410,7 @@ chapter.claim(
 # %%
 chapter.claim(
     "evolved_p",
-    "The Holm-corrected p-value of that difference is {:.4f}.",
+    f"Evolved against {best_name}: Holm-corrected p = {{:.4f}}.",
     p_values[1],
     within={"cifar10-resnet20": (0, 0.05)},
     n=one.n,
@@ -424,7 +424,7 @@ chapter.claim(
 change = results["heldout_fitness"] - results["search_fitness"]
 chapter.claim(
     "untouched_change",
-    "From the search half to the held-out half the fitness of the hand-made proxies changes by {:+.3f} on average,",
+    "From the search half to the held-out half the fitness of the hand-made proxies changes by {:+.3f} on average.",
     change[hand_made.index].mean(),
     within={"cifar10-resnet20": (-0.1, 0.1)},
     n=len(hand_made),
@@ -433,7 +433,7 @@ chapter.claim(
 # %%
 chapter.claim(
     "overfitting",
-    "and that of the evolved one ends {:.3f} below where this change would have put it.",
+    "The held-out fitness of the evolved proxy is {:.3f} below where that change would have put it.",
     change[hand_made.index].mean() - change["evolved"],
     within={"cifar10-resnet20": (0, 0.1)},
 )

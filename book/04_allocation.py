@@ -236,12 +236,17 @@ wide = budgeted.groupby(["proxy", "average_bits"])["top1"].mean().unstack()
 # %%
 tight = chapter.profile.budgets[0]
 methods = wide.drop(index=["random", "uniform"], errors="ignore")[tight]
-chapter.claim("tight_bits", "At {:.2f} bits on average", tight, within=(2, 2.5))
+chapter.claim(
+    "tight_bits",
+    "The tightest budget is {:.2f} bits on average.",
+    tight,
+    within=(2, 2.5),
+)
 
 # %%
 chapter.claim(
     "tight_worst",
-    "the worst choice has {:.1f} %",
+    "At the tightest budget the worst method's choice has {:.1f} % top-1.",
     methods.min(),
     within={"cifar10-resnet20": (30, 60)},
     n=len(methods),
@@ -250,7 +255,7 @@ chapter.claim(
 # %%
 chapter.claim(
     "tight_best",
-    "and the best {:.1f} %.",
+    "At the tightest budget the best method's choice has {:.1f} % top-1.",
     methods.max(),
     within={"cifar10-resnet20": (70, 90)},
     n=len(methods),
@@ -278,7 +283,7 @@ def gain_over_uniform(name: str) -> tuple[float, tuple[float, float]]:
 gain, interval = gain_over_uniform(hand_made)
 chapter.claim(
     "hand_gain",
-    f"The choice of {hand_made} gains {{:.1f}} points over uniform 3 bits",
+    f"The choice of {hand_made} gains {{:.1f}} points over uniform 3 bits.",
     gain,
     within={"cifar10-resnet20": (1, 4)},
     interval=interval,
@@ -289,7 +294,7 @@ chapter.claim(
 gain, interval = gain_over_uniform("evolved")
 chapter.claim(
     "evolved_gain",
-    "and that of the evolved proxy {:.1f}",
+    "The choice of the evolved proxy gains {:.1f} points over uniform 3 bits.",
     gain,
     within={"cifar10-resnet20": (-2, 1)},
     interval=interval,
@@ -324,7 +329,7 @@ show_table(agreement)
 one = agreement.iloc[0]
 chapter.claim(
     "rho_buys_accuracy",
-    "At the tightest budget held-out rho and the accuracy bought correlate with {:.2f}",
+    "At the tightest budget held-out rho and the accuracy bought correlate with {:.2f}.",
     one["correlation"],
     within={"cifar10-resnet20": (0.2, 0.9)},
     interval=(one["lo"], one["hi"]),

@@ -102,7 +102,7 @@ with tempfile.TemporaryDirectory() as folder:
 assert on_disk - header == row.size_bytes
 chapter.claim(
     "payload",
-    "The payload has {:,.0f} bytes, as claimed,",
+    "The payload has {:,.0f} bytes, as claimed.",
     on_disk - header,
     within=(row.size_bytes, row.size_bytes),
 )
@@ -110,7 +110,7 @@ chapter.claim(
 # %%
 chapter.claim(
     "header",
-    "and the header of the file another {:,.0f}.",
+    "The header of the file has {:,.0f} bytes.",
     header,
     within=(100, 8_000),
 )
@@ -127,7 +127,7 @@ assert all(torch.equal(loaded_biases[name], biases[name]) for name in weights)
 float_bytes = sum(tensor.numel() * 4 for tensor in model.state_dict().values())
 chapter.claim(
     "compression",
-    "It is {:.1f} times smaller than the folded float network.",
+    "The file is {:.1f} times smaller than the folded float network.",
     float_bytes / on_disk,
     within=(4, 16),
 )
@@ -203,7 +203,7 @@ best = methods[3.0].max()
 winners = ", ".join(methods.index[methods[3.0] == best])
 chapter.claim(
     "best_at_three",
-    f"At 3 bits on average the best choice (by {winners}) has {{:.1f}} %",
+    f"At 3 bits on average the best choice (by {winners}) has {{:.1f}} % top-1.",
     best,
     within={"cifar10-resnet20": (88, 91)},
     interval=interval(best),
@@ -214,7 +214,7 @@ chapter.claim(
 uniform = table.loc["uniform", 3.0]
 chapter.claim(
     "uniform_at_three",
-    "and uniform 3 bits have {:.1f} %.",
+    "Uniform 3 bits have {:.1f} % top-1.",
     uniform,
     within={"cifar10-resnet20": (86, 89)},
     interval=interval(uniform),

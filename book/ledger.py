@@ -31,7 +31,7 @@ chapter = start_chapter("ledger", PROFILE, REBUILD)
 ledger = read_ledger(chapter)
 assert ledger["key"].is_unique
 show_table(
-    ledger[["chapter", "sentence", "value", "lo", "hi", "n", "paper"]],
+    ledger[["chapter", "value", "lo", "hi", "n", "sentence", "paper"]],
     decimals=3,
 )
 

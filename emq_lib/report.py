@@ -154,7 +154,10 @@ def show_source(*functions: object) -> None:
 def show_table(table: pd.DataFrame, *, decimals: int = 2) -> None:
     """Show a table without its index, numbers rounded."""
     table = table.rename(columns=lambda name: f"{name:g}" if isinstance(name, float) else name)
-    display(table.style.format(precision=decimals, na_rep="–").hide(axis="index"))
+    texts = [name for name in table.columns if table[name].astype(str).str.contains(" [a-zA-Z]").any()]
+    prose = {"text-align": "left", "white-space": "normal", "min-width": "12em"}
+    style = table.style.format(precision=decimals, na_rep="–").hide(axis="index")
+    display(style.set_properties(subset=texts, **prose))
 
 
 def plot_histogram(values: np.ndarray, marks: Mapping[str, float], *, xlabel: str, ax: Axes | None = None) -> Axes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import pytest
@@ -19,6 +20,15 @@ def profile():
 @pytest.fixture(scope="session")
 def data(profile):
     return load_dataset(profile)
+
+
+@pytest.fixture(scope="session")
+def cifar10():
+    """Return the CIFAR-10 study and its real images; skip where there are none."""
+    if not os.environ.get("EMQ_DATA_ROOT"):
+        pytest.skip("EMQ_DATA_ROOT is not set: no CIFAR-10 images to check")
+    profile = get_profile("cifar10-resnet20")
+    return profile, load_dataset(profile)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,5 @@
 """Images: canonical order, disjoint splits, named errors where they are missing or wrong."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -84,9 +82,8 @@ def test_empty_class_folders_are_refused(tmp_path, monkeypatch):
         datasets.load_dataset(get_profile("cifar10-resnet20"))
 
 
-@pytest.mark.skipif(not os.environ.get("EMQ_DATA_ROOT"), reason="EMQ_DATA_ROOT is not set: no CIFAR-10 images to check")
-def test_cifar10_is_cut_as_the_protocol_says():
-    data = datasets.load_dataset(get_profile("cifar10-resnet20"))
+def test_cifar10_is_cut_as_the_protocol_says(cifar10):
+    _, data = cifar10
     assert [len(s) for s in (data.train, data.validation, data.calibration, data.test)] == [
         45_000,
         5_000,
