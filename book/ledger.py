@@ -30,6 +30,11 @@ chapter = start_chapter("ledger", PROFILE, REBUILD)
 # %%
 ledger = read_ledger(chapter)
 assert ledger["key"].is_unique
+ledger["n"] = ledger["n"].astype("Int64")
+ledger["value"] = [
+    f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    for value in ledger["value"]
+]
 show_table(
     ledger[["chapter", "value", "lo", "hi", "n", "sentence", "paper"]],
     decimals=3,

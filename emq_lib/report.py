@@ -155,7 +155,7 @@ def show_table(table: pd.DataFrame, *, decimals: int = 2) -> None:
     """Show a table without its index, numbers rounded."""
     table = table.rename(columns=lambda name: f"{name:g}" if isinstance(name, float) else name)
     texts = [name for name in table.columns if table[name].astype(str).str.contains(" [a-zA-Z]").any()]
-    prose = {"text-align": "left", "white-space": "normal", "min-width": "12em"}
+    prose = {"text-align": "left", "white-space": "normal", "min-width": "16em"}
     style = table.style.format(precision=decimals, na_rep="–").hide(axis="index")
     display(style.set_properties(subset=texts, **prose))
 
