@@ -70,9 +70,38 @@ class CifarResNet(nn.Module):
         return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
 
 
+def resnet18_half() -> nn.Module:
+    """Return torchvision's ResNet-18 at half width for 32 x 32 images: a 3x3 stem of stride 1, no max pooling."""
+    from torchvision.models import resnet
+
+    width, model = 32, resnet.resnet18(num_classes=10)
+    model.inplanes, model.maxpool = width, nn.Identity()
+    model.conv1, model.bn1 = nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+    for stage, stride in enumerate((1, 2, 2, 2)):
+        layer = model._make_layer(resnet.BasicBlock, width * 2**stage, 2, stride=stride)
+        setattr(model, f"layer{stage + 1}", layer)
+    model.fc = nn.Linear(8 * width, 10)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model
+
+
+def mobilenetv2_half() -> nn.Module:
+    """Return torchvision's MobileNetV2 at width 0.5 for 32 x 32 images: the first two strides are 1."""
+    from torchvision.models import mobilenet_v2
+
+    setting = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 3, 2], [6, 64, 4, 2], [6, 96, 3, 1], [6, 160, 3, 2], [6, 320, 1, 1]]
+    model = mobilenet_v2(num_classes=10, width_mult=0.5, inverted_residual_setting=setting)
+    model.features[0][0].stride = (1, 1)
+    return model
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "resnet8": lambda: CifarResNet(8, in_channels=1, width=8),
     "resnet20": lambda: CifarResNet(20),
+    "resnet18-half": resnet18_half,
+    "mobilenetv2-half": mobilenetv2_half,
 }
 INPUT_SHAPES: dict[str, tuple[int, int, int]] = {"digits": (1, 16, 16), "cifar10": (3, 32, 32)}
 

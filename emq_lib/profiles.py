@@ -48,6 +48,7 @@ class Profile:
         training: recipe of the float checkpoint.
         choices: bit widths that a searchable layer may take.
         pinned: (layer name, bits) of the layers outside the search.
+        tied: (layer name, layer that it takes its bits from), e.g. a shortcut's convolution.
         activation_bits: width of every quantized layer's input.
         quantizer: how weights are rounded; ``"rtn"`` is rounding to nearest.
         seed: root of every random stream of the study.
@@ -64,6 +65,7 @@ class Profile:
     training: TrainingRecipe
     choices: tuple[int, ...] = (2, 3, 4)
     pinned: tuple[tuple[str, int], ...] = (("conv1", 8), ("fc", 8))
+    tied: tuple[tuple[str, str], ...] = ()
     activation_bits: int = 8
     quantizer: str = "rtn"
     seed: int = 0
@@ -140,5 +142,24 @@ register(
         dataset="cifar10",
         model="resnet20",
         training=TrainingRecipe(epochs=40, max_lr=0.2),
+    )
+)
+register(
+    Profile(
+        name="cifar10-resnet18",
+        dataset="cifar10",
+        model="resnet18-half",
+        training=TrainingRecipe(epochs=20, max_lr=0.2),
+        pinned=(),
+        tied=tuple((f"layer{stage}.0.downsample.0", f"layer{stage}.0.conv2") for stage in (2, 3, 4)),
+    )
+)
+register(
+    Profile(
+        name="cifar10-mobilenetv2",
+        dataset="cifar10",
+        model="mobilenetv2-half",
+        training=TrainingRecipe(epochs=20, max_lr=0.2, weight_decay=1e-4),
+        pinned=(("features.0.0", 8), ("classifier.1", 8)),
     )
 )
