@@ -39,7 +39,7 @@ import json
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from emq_lib import bench, quantizers, training
+from emq_lib import bench, measuring, quantizers, training
 from emq_lib.artefacts import checked_path, read_manifest
 from emq_lib.datasets import load_dataset
 from emq_lib.models import fold_batchnorm, layer_table, predict, top1
@@ -195,7 +195,7 @@ configs = bench.sample_configs(
 )
 measured = [
     item
-    for block in bench.measure(quantized, data.test, configs)
+    for block in measuring.measure(quantized, data.test, configs)
     for item in block
 ]
 plain = {

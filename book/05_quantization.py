@@ -31,6 +31,7 @@ PROFILE = "cifar10-resnet20"  # study to show
 REBUILD = False  # nothing to compute here
 
 # %% tags=["hide-input"]
+import dataclasses
 import json
 import pathlib
 import tempfile
@@ -41,8 +42,9 @@ import pandas as pd
 import torch
 from emq_lib import export, quantization, quantizers
 from emq_lib.artefacts import checked_path
-from emq_lib.bench import load_layers, load_network, parse_bits
+from emq_lib.bench import load_layers, parse_bits
 from emq_lib.datasets import load_dataset
+from emq_lib.measuring import load_network
 from emq_lib.models import fold_batchnorm, load_checkpoint, predict, top1
 from emq_lib.profiles import get_profile
 from emq_lib.report import plot_dots, show_source, show_table, start_chapter
@@ -133,7 +135,7 @@ chapter.claim(
 )
 
 # %% [markdown]
-# On the digits the whole way runs live: quantize, pack, load, put the loaded weights into the network, and classify.
+# On the digits the whole way runs live: quantize, pack, load, build a network of nothing but the loaded weights, and classify.
 
 # %%
 digits = get_profile("digits-resnet8")
@@ -146,11 +148,20 @@ with tempfile.TemporaryDirectory() as folder:
     export.save_packed(
         path,
         chosen,
-        {name: network.model.get_submodule(name).bias for name in chosen},
+        {name: network.layers[name].bias.flatten() for name in chosen},
     )
-    for name, weight in export.load_packed(path)[0].items():
-        network.model.get_submodule(name).weight.data = weight.dequantize()
-assert torch.equal(predict(network, data.test), expected)
+    loaded = export.load_packed(path)[0]
+bank = dataclasses.replace(
+    network.bank,
+    weights={(name, weight.bits): weight for name, weight in loaded.items()},
+)
+model = fold_batchnorm(
+    load_checkpoint(digits, checked_path(digits, "model.safetensors"))
+)
+again = quantizers.QuantizedNetwork(model, bank, network.activation_ranges)
+assert torch.equal(
+    predict(again.select((4, 3, 3, 2, 3, 4)), data.test), expected
+)
 top1(expected, data.test.labels)
 
 # %%

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -14,8 +15,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 
-from emq_lib.errors import CorruptArtefactError, MissingArtefactError
+from emq_lib.errors import CorruptArtefactError, DiskFullError, MissingArtefactError, StudyBusyError
 from emq_lib.profiles import Profile
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
@@ -34,10 +36,46 @@ def atomic_path(path: pathlib.Path) -> Iterator[pathlib.Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with named_when_full(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def named_when_full(path: pathlib.Path) -> Iterator[None]:
+    """Name the error of a disk (or a quota) without room for what is written to `path` inside the block.
+
+    Raises:
+        DiskFullError: there is no room.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise DiskFullError(
+            f"No room to write {path} ({error.strerror}). What was finished is kept: free some and call again."
+        ) from error
+
+
+@contextlib.contextmanager
+def sole_writer(profile: Profile) -> Iterator[None]:
+    """Keep every other run from writing the study while the block runs; a killed run does not block later ones.
+
+    Raises:
+        StudyBusyError: another run is writing it.
+    """
+    folder = study_folder(profile)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise StudyBusyError(
+            f"Another run is writing the study in {folder}. Wait for it, stop it, or set EMQ_STUDY_ROOT elsewhere."
+        ) from error
 
 
 def sha256(path: pathlib.Path) -> str:

@@ -1,33 +1,29 @@
-"""The bench: sampling configurations, measuring them on real images, and the table of what was measured.
+"""The bench: sampling configurations, having them measured, and the table of what was measured.
 
 Explained in chapter 01.
 """
 
 from __future__ import annotations
 
-import json
-import pathlib
-import time
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import torch
-import torch.nn.functional as F
-from tqdm.auto import tqdm
+from scipy.optimize import brentq
+from scipy.special import softmax
 
-from emq_lib.artefacts import atomic_path, checked_path, record, sha256, study_folder, to_json
+from emq_lib.artefacts import atomic_path, checked_path, read_manifest, record, sole_writer, study_folder
 from emq_lib.costs import CostTable, bops_cost, choice_indices, size_cost
-from emq_lib.datasets import ImageData, Split
+from emq_lib.datasets import ImageData
 from emq_lib.errors import ConfigNotFoundError, CorruptArtefactError, InvalidParameterError, MissingArtefactError
-from emq_lib.models import fold_batchnorm, layer_table, load_checkpoint, segments
+from emq_lib.measuring import PARTIAL, load_network, measure_resumably
 from emq_lib.profiles import Profile, get_profile
-from emq_lib.quantizers import QuantizedNetwork, quantize_network
 
-BLOCK = 32
 COLUMNS = (
+    "key",
     "config_id",
     "quantizer",
     "sample",
@@ -69,132 +65,99 @@ def sample_configs(slots: int, choices: Sequence[int], count: int, *, rng: np.ra
     return np.array(list(found), dtype=np.int8)
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """What one configuration does on a set of images.
-
-    Attributes:
-        config: the bits, S of them.
-        correct: bool, shape (N,): whether each image is classified correctly, in the order of the split.
-        loss: mean cross-entropy.
-    """
-
-    config: tuple[int, ...]
-    correct: np.ndarray
-    loss: float
-
-    @property
-    def top1(self) -> float:
-        """Top-1 accuracy in percent."""
-        return 100 * float(self.correct.mean())
+def one_off_configs(slots: int, choices: Sequence[int]) -> np.ndarray:
+    """Return the configurations that change one layer of the uniform one at the middle choice, shape (S (B - 1), S)."""
+    middle = choices[len(choices) // 2]
+    configs = np.full((slots, len(choices) - 1, slots), middle, dtype=np.int8)
+    for slot in range(slots):
+        configs[slot, :, slot] = [bits for bits in choices if bits != middle]
+    return configs.reshape(-1, slots)
 
 
-@torch.inference_mode()
-def measure(
-    network: QuantizedNetwork, split: Split, configs: np.ndarray, *, batch_size: int = 125
-) -> Iterator[list[Measurement]]:
-    """Measure configurations on every image of a split, block by block.
+def stratified_configs(
+    cost: CostTable, choices: Sequence[int], count: int, *, rng: np.random.Generator, exclude: Iterable = ()
+) -> np.ndarray:
+    """Return distinct configurations spread evenly over the cost, from the cheapest to the dearest.
 
-    Configurations are visited in lexicographic order. Within a block, neighbours that agree on the first layers share
-    the computation up to the first piece of the network in which they differ; the result is the plain forward pass's.
+    The range of the cost is cut into `count` strips. Each strip gives one configuration, drawn uniformly from those in
+    it: entries are drawn independently with probabilities proportional to exp(t cost), where t makes the expected cost
+    the middle of the strip, until the sum falls into the strip. Given its cost, such a draw is uniform. A strip that
+    gives nothing new in 2,000 draws gives the draw that came closest to it.
 
     Args:
-        network: the quantized network; its selected configuration changes.
-        split: images and labels.
-        configs: bits, shape (N, S).
-        batch_size: images per forward pass.
-
-    Yields:
-        the measurements of up to 32 configurations.
-
-    Raises:
-        ConfigLengthError, InvalidBitsError: see :func:`emq_lib.costs.choice_indices`.
-    """
-    choice_indices(configs, network.bank.choices, len(network.bank.searchable))
-    pieces = segments(network.model, list(network.activation_ranges))
-    slot_of = {name: slot for slot, name in enumerate(network.bank.searchable)}
-    depth = [max((slot_of[name] for name in names if name in slot_of), default=-1) + 1 for _, names in pieces]
-    depth = np.maximum.accumulate(depth)  # bits that the output of each piece depends on
-    ordered = sorted(tuple(map(int, config)) for config in configs)
-    for start in range(0, len(ordered), BLOCK):
-        block = ordered[start : start + BLOCK]
-        correct = np.empty((len(block), len(split)), dtype=bool)
-        losses = np.zeros(len(block))
-        for first in range(0, len(split), batch_size):
-            batch = split[first : first + batch_size]
-            outputs: list[torch.Tensor] = [batch.inputs()]
-            for row, config in enumerate(block):
-                shared = _shared_pieces(block[row - 1], config, depth) if row else 0
-                del outputs[shared + 1 :]
-                network.select(config)
-                for piece, _ in pieces[shared:]:
-                    outputs.append(piece(outputs[-1]))
-                logits = outputs[-1].float()
-                correct[row, first : first + len(batch)] = (logits.argmax(dim=1) == batch.labels).cpu().numpy()
-                losses[row] += F.cross_entropy(logits.double(), batch.labels, reduction="sum").item()
-        yield [
-            Measurement(config, hits, loss / len(split))
-            for config, hits, loss in zip(block, correct, losses, strict=True)
-        ]
-
-
-def _shared_pieces(previous: tuple[int, ...], config: tuple[int, ...], depth: np.ndarray) -> int:
-    """Return how many leading pieces give the same output under both configurations."""
-    pairs = zip(previous, config, strict=True)
-    differs = next((slot for slot, (before, now) in enumerate(pairs) if before != now), len(config))
-    return int(np.searchsorted(depth, differs, side="right"))
-
-
-def load_network(profile: Profile, data: ImageData) -> tuple[QuantizedNetwork, pd.DataFrame]:
-    """Return the study's quantized network and its layer table, from the checkpoint in the study's folder."""
-    model = fold_batchnorm(load_checkpoint(profile, checked_path(profile, "model.safetensors")))
-    layers = layer_table(model, profile)
-    return quantize_network(model, layers, profile, data.calibration), layers
-
-
-def measure_resumably(
-    profile: Profile, network: QuantizedNetwork, data: ImageData, configs: np.ndarray, *, partial: str
-) -> tuple[pd.DataFrame, float]:
-    """Measure configurations on all test images, keeping finished blocks on disk.
-
-    Interrupted at any moment, the same call skips what was measured and returns the same rows.
-
-    Args:
-        profile: the study; its checkpoint must exist.
-        network: its quantized network.
-        data: its images.
-        configs: bits, shape (N, S), all distinct.
-        partial: name of the file in the study's folder that takes finished blocks; the caller removes it.
+        cost: its table has shape (S, B).
+        choices: the B allowed widths.
+        count: how many.
+        rng: source of randomness.
+        exclude: configurations that must not be among them.
 
     Returns:
-        columns top1, loss, correct_a, correct_b, n_a and n_b, one row per configuration in the order given; and the
-        wall time in seconds, earlier runs included.
+        int8 array of shape (count, S), by increasing cost.
 
     Raises:
-        CorruptArtefactError: the partial file belongs to another checkpoint, other images or another profile.
+        InvalidParameterError: there are not that many different configurations.
     """
-    folder, started = study_folder(profile), time.perf_counter()
-    measured_by = (profile.choices, profile.pinned, profile.activation_bits, profile.quantizer, len(data.calibration))
-    key = {"how": repr(measured_by), "images": data.digest, "checkpoint": sha256(folder / "model.safetensors")}
-    rows = PartialRows(folder / partial, key=key)
-    measured, half = rows.read(), len(data.test) // 2
-    names = [bits_text(config) for config in configs]
-    missing = [config for name, config in zip(names, configs, strict=True) if name not in measured]
-    with tqdm(total=len(configs), initial=len(configs) - len(missing), desc=profile.name, unit="config") as progress:
-        for block in measure(network, data.test, np.array(missing).reshape(-1, configs.shape[1])):
-            finished = {
-                bits_text(item.config): {
-                    "top1": item.top1,
-                    "loss": item.loss,
-                    "correct_a": int(item.correct[:half].sum()),
-                    "correct_b": int(item.correct[half:].sum()),
-                }
-                for item in block
-            }
-            measured |= rows.append(finished, seconds=time.perf_counter() - started)
-            progress.update(len(block))
-    table = pd.DataFrame([measured[name] for name in names])
-    return table.assign(n_a=half, n_b=len(data.test) - half), rows.seconds
+    table, taken = cost.table, {tuple(map(int, config)) for config in exclude}
+    if count + len(taken) > len(choices) ** len(table):
+        raise InvalidParameterError(f"asked for {count} more configurations than the {len(taken)} taken; too many.")
+    low, high = table.min(axis=1).sum(), table.max(axis=1).sum()
+    edges, found = np.linspace(low, high, count + 1), []
+    for left, right in itertools.pairwise(edges):
+        probabilities = _tilted(table, (left + right) / 2)
+        closest, config = np.inf, None
+        for _ in range(20):
+            draws = (rng.random((100, len(table), 1)) > probabilities.cumsum(axis=1)[None, :, :-1]).sum(axis=2)
+            sums = np.take_along_axis(table[None], draws[:, :, None], axis=2).sum(axis=(1, 2))
+            for draw, distance in zip(draws, np.abs(sums - (left + right) / 2), strict=True):
+                candidate = tuple(int(choices[index]) for index in draw)
+                if distance < closest and candidate not in taken:
+                    closest, config = distance, candidate
+                    if distance <= (right - left) / 2:
+                        break
+            if closest <= (right - left) / 2:
+                break
+        while config is None or config in taken:
+            config = tuple(int(bits) for bits in rng.choice(choices, size=len(table)))
+        taken.add(config)
+        found.append(config)
+    configs = np.array(found, dtype=np.int8)
+    return configs[np.argsort(cost.total(configs, choices), kind="stable")]
+
+
+def _tilted(table: np.ndarray, mean: float) -> np.ndarray:
+    """Return the probabilities proportional to exp(t table) in each row whose expected sum is `mean`, shape (S, B)."""
+    scaled = table / table.max()
+
+    def probabilities(t: float) -> np.ndarray:
+        return softmax(t * scaled, axis=1)
+
+    def excess(t: float) -> float:
+        return (probabilities(t) * table).sum() - mean
+
+    ends = (-1e6, 1e6)
+    if excess(ends[0]) >= 0 or excess(ends[1]) <= 0:
+        return probabilities(ends[0] if excess(ends[0]) >= 0 else ends[1])
+    return probabilities(brentq(excess, *ends))
+
+
+def design(profile: Profile, layers: pd.DataFrame) -> pd.DataFrame:
+    """Return the configurations of a profile's bench, columns sample and bits; no configuration stands twice.
+
+    Samples: "uniform", "random", "one-off" (one layer of the middle uniform configuration changed) and "stratified"
+    (evenly spread in size).
+    """
+    size = size_cost(layers, profile.choices)
+    slots = len(size.table)
+    random = sample_configs(slots, profile.choices, profile.bench_configs, rng=profile.rng("bench"))
+    samples = {"uniform": random[: len(profile.choices)], "random": random[len(profile.choices) :]}
+    samples["one-off"] = one_off_configs(slots, profile.choices)
+    taken = np.concatenate(list(samples.values()))
+    samples["stratified"] = stratified_configs(
+        size, profile.choices, profile.stratified_configs, rng=profile.rng("stratified"), exclude=taken
+    )
+    rows = pd.DataFrame([(sample, config) for sample, configs in samples.items() for config in configs])
+    rows.columns = ["sample", "bits"]
+    return rows[~rows["bits"].map(bits_text).duplicated()].reset_index(drop=True)
 
 
 def bits_text(config: Sequence[int]) -> str:
@@ -211,34 +174,57 @@ def parse_bits(text: str) -> tuple[int, ...]:
     return tuple(int(digit) for digit in text)
 
 
-def build_bench(profile: Profile, data: ImageData) -> None:
-    """Measure the profile's configurations on all test images; write ``layers.csv`` and ``bench.parquet``.
+def build_bench(profile: Profile, data: ImageData, *, scheduler: str | None = None) -> None:
+    """Measure the profile's configurations on test images; write ``layers.csv`` and ``bench.parquet``.
 
-    Can be interrupted and called again: see :func:`measure_resumably`.
+    Can be interrupted and called again: see :func:`emq_lib.measuring.measure_resumably`. Rows of an earlier bench that
+    still hold are taken over, so a profile that asks for more configurations extends what is there.
+
+    Args:
+        profile: the study; its checkpoint must exist.
+        data: its images.
+        scheduler: address of a ``dask.distributed`` scheduler; by default this process measures.
+
+    Raises:
+        StudyBusyError: another run is writing the study.
+        DiskFullError: no room; what was measured is kept.
     """
-    folder, partial = study_folder(profile), "bench.partial.jsonl"
-    network, layers = load_network(profile, data)
-    slots, choices = int(layers["searchable"].sum()), profile.choices
-    configs = sample_configs(slots, choices, profile.bench_configs, rng=profile.rng("bench"))
-    measured, seconds = measure_resumably(profile, network, data, configs, partial=partial)
-    size, bit_operations = (
-        size_cost(layers, choices),
-        bops_cost(layers, choices, activation_bits=profile.activation_bits),
-    )
-    table = measured.assign(
-        config_id=np.arange(len(configs)),
-        quantizer=profile.quantizer,
-        sample=np.where(np.arange(len(configs)) < len(choices), "uniform", "random"),
-        bits=list(configs),
-        size_bytes=size.total(configs, choices).astype(np.int64),
-        bops=bit_operations.total(configs, choices).astype(np.int64),
-    )
-    write_layers(profile, layers)
-    with atomic_path(folder / "bench.parquet") as path:
-        table[list(COLUMNS)].to_parquet(path, index=False)
-    command = f"emq_lib.bench.build_bench on {profile.name}"
-    record(profile, "bench.parquet", command=command, seconds=seconds, rows=len(table))
-    (folder / partial).unlink(missing_ok=True)
+    folder = study_folder(profile)
+    with sole_writer(profile):
+        network, layers = load_network(profile, data)
+        rows, choices = design(profile, layers), profile.choices
+        configs = np.stack(rows["bits"].to_numpy())
+        known, seconds_before = _known_rows(profile)
+        measured, seconds = measure_resumably(
+            profile, network, data, configs, images=profile.bench_images, known=known, scheduler=scheduler
+        )
+        size = size_cost(layers, choices)
+        bit_operations = bops_cost(layers, choices, activation_bits=profile.activation_bits)
+        table = measured.assign(
+            config_id=rows["bits"].map(bits_text),
+            quantizer=profile.quantizer,
+            sample=rows["sample"],
+            bits=list(configs),
+            size_bytes=size.total(configs, choices).astype(np.int64),
+            bops=bit_operations.total(configs, choices).astype(np.int64),
+        )
+        write_layers(profile, layers)
+        with atomic_path(folder / "bench.parquet") as path:
+            table[list(COLUMNS)].to_parquet(path, index=False)
+        command = f"emq_lib.bench.build_bench on {profile.name}"
+        record(profile, "bench.parquet", command=command, seconds=seconds + seconds_before, rows=len(table))
+        (folder / PARTIAL).unlink(missing_ok=True)
+
+
+def _known_rows(profile: Profile) -> tuple[dict[str, dict], float]:
+    """Return key -> row of the study's present bench, and the wall time that it took; nothing if there is none."""
+    if not has_study(profile, "bench.parquet"):
+        return {}, 0.0
+    table = Bench.load(profile).table
+    if "key" not in table:
+        return {}, 0.0
+    columns = ["top1", "loss", "correct_a", "correct_b", "n_a", "n_b"]
+    return table.set_index("key")[columns].to_dict("index"), read_manifest(profile)["bench.parquet"]["seconds"]
 
 
 def write_layers(profile: Profile, layers: pd.DataFrame) -> None:
@@ -253,49 +239,6 @@ def write_layers(profile: Profile, layers: pd.DataFrame) -> None:
 def load_layers(profile: Profile) -> pd.DataFrame:
     """Return the study's layer table."""
     return pd.read_csv(checked_path(profile, "layers.csv"))
-
-
-class PartialRows:
-    """Rows of a long measurement on disk: one JSON line per block, the first line saying what they belong to.
-
-    A line cut off by a crash is dropped on reading, so what is read was written whole.
-    """
-
-    def __init__(self, path: pathlib.Path, *, key: dict[str, str]) -> None:
-        self.path, self.key, self.seconds = path, key, 0.0
-        self._before = 0.0
-
-    def read(self) -> dict[str, dict]:
-        """Return the finished rows; start the file if it does not exist.
-
-        Raises:
-            CorruptArtefactError: the file belongs to something else.
-        """
-        if not self.path.exists():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._append_line({"key": self.key})
-            return {}
-        lines = self.path.read_text().split("\n")
-        whole = [json.loads(line) for line in lines[:-1]]
-        if not whole or whole[0].get("key") != self.key:
-            raise CorruptArtefactError(
-                f"{self.path} holds rows of another checkpoint, images or profile. Delete it to measure afresh."
-            )
-        if lines[-1]:
-            with atomic_path(self.path) as path:
-                path.write_text("\n".join(lines[:-1]) + "\n")
-        self._before = self.seconds = max((line["seconds"] for line in whole[1:]), default=0.0)
-        return {name: row for line in whole[1:] for name, row in line["rows"].items()}
-
-    def append(self, rows: dict[str, dict], *, seconds: float) -> dict[str, dict]:
-        """Append finished rows (name -> values) with the wall time of this run so far; return them."""
-        self.seconds = self._before + seconds
-        self._append_line({"rows": rows, "seconds": self.seconds})
-        return rows
-
-    def _append_line(self, value: dict) -> None:
-        with self.path.open("a") as file:
-            file.write(to_json(value) + "\n")
 
 
 @dataclass(frozen=True)
@@ -325,7 +268,7 @@ class Bench:
             table = pd.read_parquet(path)
         except (pa.ArrowInvalid, OSError) as error:
             raise CorruptArtefactError(f"{path} is not a parquet file ({error}). Restore or rebuild it.") from error
-        if absent := sorted(set(COLUMNS) - set(table.columns)):
+        if absent := sorted(set(COLUMNS) - {"key"} - set(table.columns)):  # a key is needed to extend, not to read
             raise CorruptArtefactError(f"{path} lacks the columns {absent}. Restore or rebuild it.")
         return cls(profile, table)
 
@@ -372,7 +315,7 @@ class Bench:
         return self.table.iloc[rows[0]]
 
     def select(self, sample: str) -> Bench:
-        """Return the configurations of one sample: "random" or "uniform".
+        """Return the configurations of one sample: "uniform", "random", "one-off" or "stratified".
 
         Raises:
             InvalidParameterError: the bench holds no such sample.

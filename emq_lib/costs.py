@@ -117,14 +117,17 @@ def bops_cost(layers: pd.DataFrame, choices: Sequence[int], *, activation_bits: 
 
 def average_bits_cost(layers: pd.DataFrame, choices: Sequence[int]) -> CostTable:
     """Return the average bits: bits of the searchable weights divided by their number."""
-    searchable = layers[layers["searchable"]]
-    shares = (searchable["parameters"] / searchable["parameters"].sum()).to_numpy()
-    return CostTable("average bits", "bits", 0.0, shares[:, None] * np.asarray(choices, dtype=np.float64))
+    free = layers[layers["searchable"]]
+    weights = free["parameters"].sum()
+    return _cost("average bits", "bits", free, choices, lambda layer, bits: layer.parameters * bits / weights, 0)
 
 
 def _cost(name: str, unit: str, layers: pd.DataFrame, choices: Sequence[int], entry, overhead: float) -> CostTable:
-    """Tabulate `entry(layer, bits)` for the searchable layers; the pinned ones and the overhead are fixed."""
-    pinned = layers[~layers["searchable"]]
-    fixed = sum(entry(layer, layer.pinned_bits) for layer in pinned.itertuples())
-    rows = [[entry(layer, bits) for bits in choices] for layer in layers[layers["searchable"]].itertuples()]
-    return CostTable(name, unit, float(fixed + overhead), np.array(rows, dtype=np.float64))
+    """Tabulate `entry(layer, bits)` by slot; the pinned layers and the overhead are fixed."""
+    table = np.zeros((layers["slot"].max() + 1, len(choices)))
+    for layer in layers.itertuples():
+        if layer.searchable:
+            table[layer.slot] += [entry(layer, bits) for bits in choices]
+        else:
+            overhead += entry(layer, layer.pinned_bits)
+    return CostTable(name, unit, float(overhead), table)

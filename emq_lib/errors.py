@@ -37,6 +37,14 @@ class CorruptArtefactError(EMQError, ValueError):
     """A file of a study is truncated, altered or does not match its manifest."""
 
 
+class DiskFullError(EMQError, OSError):
+    """No room for a file that is being written."""
+
+
+class StudyBusyError(EMQError, RuntimeError):
+    """Two runs that want to write the same study at once."""
+
+
 class InvalidBitsError(EMQError, ValueError):
     """A bit width outside the profile's choices."""
 

@@ -91,7 +91,15 @@ def mobilenetv2_half() -> nn.Module:
     """Return torchvision's MobileNetV2 at width 0.5 for 32 x 32 images: the first two strides are 1."""
     from torchvision.models import mobilenet_v2
 
-    setting = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 3, 2], [6, 64, 4, 2], [6, 96, 3, 1], [6, 160, 3, 2], [6, 320, 1, 1]]
+    setting = [
+        [1, 16, 1, 1],
+        [6, 24, 2, 1],
+        [6, 32, 3, 2],
+        [6, 64, 4, 2],
+        [6, 96, 3, 1],
+        [6, 160, 3, 2],
+        [6, 320, 1, 1],
+    ]
     model = mobilenet_v2(num_classes=10, width_mult=0.5, inverted_residual_setting=setting)
     model.features[0][0].stride = (1, 1)
     return model
@@ -154,11 +162,12 @@ def layer_table(model: nn.Module, profile: Profile) -> pd.DataFrame:
 
     Returns:
         Columns name, kind ("Conv2d" or "Linear"), shape (text), parameters (weights), channels (outputs), biases, macs
-        (multiply-accumulates for one image), searchable, slot (position in a configuration, -1 if pinned), pinned_bits.
+        (multiply-accumulates for one image), searchable, slot (position in a configuration, -1 if pinned; a tied layer
+        has the slot of the layer that it is tied to), pinned_bits.
 
     Raises:
-        UnsupportedModelError: a layer that runs twice in one pass, a grouped weight shared by name, or a pinned layer
-            that the network does not have.
+        UnsupportedModelError: a layer that runs twice in one pass, two layers that share one weight, or a pinned or
+            tied layer that the network does not have.
     """
     calls: list[tuple[str, nn.Module, int]] = []
 
@@ -185,12 +194,21 @@ def layer_table(model: nn.Module, profile: Profile) -> pd.DataFrame:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise UnsupportedModelError(f"Layers {repeated} run more than once in a pass; give each use its own layer.")
-    pinned = dict(profile.pinned)
-    if unknown := sorted(set(pinned) - set(names)):
-        raise UnsupportedModelError(f"profile {profile.name!r} pins {unknown}, but the network has the layers {names}.")
-    rows, slot = [], 0
+    weights = [module.weight for _, module, _ in calls]
+    if shared := [name for name, weight in zip(names, weights, strict=True) if sum(weight is w for w in weights) > 1]:
+        raise UnsupportedModelError(f"Layers {shared} share one weight; give each its own.")
+    pinned, tied = dict(profile.pinned), dict(profile.tied)
+    if unknown := sorted({*pinned, *tied, *tied.values()} - set(names)):
+        raise UnsupportedModelError(
+            f"profile {profile.name!r} pins or ties {unknown}, but the network has the layers {names}."
+        )
+    free = [name for name in names if name not in pinned and name not in tied]
+    slots = {name: slot for slot, name in enumerate(free)}
+    if homeless := sorted(set(tied.values()) - set(free)):
+        raise UnsupportedModelError(f"profile {profile.name!r} ties layers to {homeless}, which have no bits to share.")
+    slots |= {name: slots[target] for name, target in tied.items()}
+    rows = []
     for name, module, macs in calls:
-        searchable = name not in pinned
         rows.append(
             {
                 "name": name,
@@ -200,12 +218,11 @@ def layer_table(model: nn.Module, profile: Profile) -> pd.DataFrame:
                 "channels": module.weight.shape[0],
                 "biases": 0 if module.bias is None else module.bias.numel(),
                 "macs": macs,
-                "searchable": searchable,
-                "slot": slot if searchable else -1,
+                "searchable": name in slots,
+                "slot": slots.get(name, -1),
                 "pinned_bits": pinned.get(name, 0),
             }
         )
-        slot += searchable
     return pd.DataFrame(rows)
 
 

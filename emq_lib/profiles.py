@@ -55,6 +55,8 @@ class Profile:
         validation_images: training images set aside to choose the epoch.
         calibration_images: training images that statistics and ranges may see.
         bench_configs: distinct random configurations in the bench, uniform ones not counted.
+        stratified_configs: configurations in the bench that are spread evenly in size.
+        bench_images: test images that the bench is measured on, the first ones in canonical order; None: all.
         budgets: average bits at which configurations are allocated.
         evolution: budget of the evolutionary search.
     """
@@ -72,6 +74,8 @@ class Profile:
     validation_images: int = 5_000
     calibration_images: int = 1_024
     bench_configs: int = 425
+    stratified_configs: int = 213
+    bench_images: int | None = None
     budgets: tuple[float, ...] = (2.25, 2.5, 3.0, 3.5)
     evolution: EvolutionBudget = field(default_factory=EvolutionBudget)
 
@@ -133,6 +137,7 @@ register(
         validation_images=198,
         calibration_images=256,
         bench_configs=240,
+        stratified_configs=120,
         evolution=EvolutionBudget(population=30, iterations=300, seeds=3),
     )
 )
@@ -142,6 +147,8 @@ register(
         dataset="cifar10",
         model="resnet20",
         training=TrainingRecipe(epochs=40, max_lr=0.2),
+        bench_configs=1_000,
+        stratified_configs=500,
     )
 )
 register(
@@ -152,6 +159,7 @@ register(
         training=TrainingRecipe(epochs=20, max_lr=0.2),
         pinned=(),
         tied=tuple((f"layer{stage}.0.downsample.0", f"layer{stage}.0.conv2") for stage in (2, 3, 4)),
+        bench_images=2_000,
     )
 )
 register(
@@ -161,5 +169,6 @@ register(
         model="mobilenetv2-half",
         training=TrainingRecipe(epochs=20, max_lr=0.2, weight_decay=1e-4),
         pinned=(("features.0.0", 8), ("classifier.1", 8)),
+        bench_images=2_000,
     )
 )

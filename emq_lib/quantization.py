@@ -12,10 +12,11 @@ import numpy as np
 import pandas as pd
 
 from emq_lib.allocation import allocate, budget_for_average_bits
-from emq_lib.artefacts import atomic_path, checked_path, record, study_folder
-from emq_lib.bench import Bench, bits_text, load_network, measure_resumably
+from emq_lib.artefacts import atomic_path, checked_path, record, sole_writer, study_folder
+from emq_lib.bench import Bench, bits_text
 from emq_lib.costs import CostTable, bops_cost, size_cost
 from emq_lib.datasets import ImageData
+from emq_lib.measuring import PARTIAL, load_network, measure_resumably
 from emq_lib.profiles import Profile
 
 FRONT = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75)
@@ -83,48 +84,48 @@ def choose_configurations(profile: Profile, tables: Mapping[str, Mapping], size:
 def build_quantization(profile: Profile, data: ImageData, tables: Mapping[str, Mapping]) -> None:
     """Choose configurations, measure each on all test images, and write ``quantization.csv``.
 
-    Can be interrupted and called again: see :func:`emq_lib.bench.measure_resumably`.
+    Can be interrupted and called again: see :func:`emq_lib.measuring.measure_resumably`.
 
     Args:
         profile: the study; checkpoint and bench must exist.
         data: its images.
         tables: as for :func:`choose_configurations`.
     """
-    partial = "quantization.partial.jsonl"
-    network, layers = load_network(profile, data)
-    size = size_cost(layers, profile.choices)
-    bit_operations = bops_cost(layers, profile.choices, activation_bits=profile.activation_bits)
-    uniform = Bench.load(profile).select("uniform").table
-    chosen = choose_configurations(profile, tables, size)
-    flat = [
-        {
-            "proxy": "uniform",
-            "variant": "trivial",
-            "average_bits": float(row.bits[0]),
-            "budget_bytes": row.size_bytes,
-            "seed": 0,
-            "bits": bits_text(row.bits),
-            "seconds": 0.0,
-        }
-        for row in uniform.itertuples()
-    ]
-    chosen = pd.concat([pd.DataFrame(flat), chosen], ignore_index=True)
-    distinct = chosen["bits"].drop_duplicates()
-    configs = np.array([[int(bits) for bits in text] for text in distinct], dtype=np.int8)
-    measured, seconds = measure_resumably(profile, network, data, configs, partial=partial)
-    measured = measured.assign(
-        bits=distinct.to_numpy(),
-        size_bytes=size.total(configs, profile.choices).astype(np.int64),
-        bops=bit_operations.total(configs, profile.choices).astype(np.int64),
-        activation_bits=profile.activation_bits,
-        quantizer=profile.quantizer,
-    )
-    table = chosen.merge(measured, on="bits", how="left", validate="many_to_one")
-    with atomic_path(study_folder(profile) / "quantization.csv") as path:
-        table.to_csv(path, index=False)
-    command = f"emq_lib.quantization.build_quantization on {profile.name}"
-    record(profile, "quantization.csv", command=command, seconds=seconds, rows=len(table))
-    (study_folder(profile) / partial).unlink(missing_ok=True)
+    with sole_writer(profile):
+        network, layers = load_network(profile, data)
+        size = size_cost(layers, profile.choices)
+        bit_operations = bops_cost(layers, profile.choices, activation_bits=profile.activation_bits)
+        uniform = Bench.load(profile).select("uniform").table
+        chosen = choose_configurations(profile, tables, size)
+        flat = [
+            {
+                "proxy": "uniform",
+                "variant": "trivial",
+                "average_bits": float(row.bits[0]),
+                "budget_bytes": row.size_bytes,
+                "seed": 0,
+                "bits": bits_text(row.bits),
+                "seconds": 0.0,
+            }
+            for row in uniform.itertuples()
+        ]
+        chosen = pd.concat([pd.DataFrame(flat), chosen], ignore_index=True)
+        distinct = chosen["bits"].drop_duplicates()
+        configs = np.array([[int(bits) for bits in text] for text in distinct], dtype=np.int8)
+        measured, seconds = measure_resumably(profile, network, data, configs)
+        measured = measured.drop(columns="key").assign(
+            bits=distinct.to_numpy(),
+            size_bytes=size.total(configs, profile.choices).astype(np.int64),
+            bops=bit_operations.total(configs, profile.choices).astype(np.int64),
+            activation_bits=profile.activation_bits,
+            quantizer=profile.quantizer,
+        )
+        table = chosen.merge(measured, on="bits", how="left", validate="many_to_one")
+        with atomic_path(study_folder(profile) / "quantization.csv") as path:
+            table.to_csv(path, index=False)
+        command = f"emq_lib.quantization.build_quantization on {profile.name}"
+        record(profile, "quantization.csv", command=command, seconds=seconds, rows=len(table))
+        (study_folder(profile) / PARTIAL).unlink(missing_ok=True)
 
 
 def load_quantization(profile: Profile) -> pd.DataFrame:

@@ -5,12 +5,14 @@ Explained in chapter 01.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from emq_lib.costs import choice_indices
@@ -80,10 +82,17 @@ class QuantizedWeight:
     zero_point: torch.Tensor
     bits: int
 
+    def integers(self) -> torch.Tensor:
+        """Return codes - zero point per output channel, int16, shape (C_out, ...)."""
+        return self.codes.short() - self.zero_point.short().view(self._channel)
+
     def dequantize(self) -> torch.Tensor:
         """Return scale * (codes - zero point) per output channel, float32, shape (C_out, ...)."""
-        channel = (-1,) + (1,) * (self.codes.ndim - 1)
-        return (self.codes.float() - self.zero_point.float().view(channel)) * self.scale.view(channel)
+        return self.integers().float() * self.scale.view(self._channel)
+
+    @property
+    def _channel(self) -> tuple[int, ...]:
+        return (-1,) + (1,) * (self.codes.ndim - 1)
 
 
 def quantize(weight: torch.Tensor, bits: int) -> QuantizedWeight:
@@ -109,26 +118,42 @@ class WeightBank:
 
     Attributes:
         choices: the B allowed widths.
-        searchable: names of the S searchable layers in slot order.
+        searchable: names of the searchable layers in forward order.
+        slots: the slot, 0 to S - 1, that each of them takes its bits from; tied layers share one.
         pinned: (name, bits) of the layers outside the search.
         weights: (layer name, bits) -> quantized weight.
     """
 
     choices: tuple[int, ...]
     searchable: tuple[str, ...]
+    slots: tuple[int, ...]
     pinned: tuple[tuple[str, int], ...]
     weights: Mapping[tuple[str, int], QuantizedWeight]
 
-    def select(self, config: Sequence[int]) -> dict[str, QuantizedWeight]:
-        """Return layer name -> quantized weight for one configuration, pinned layers included.
+    @property
+    def slot_count(self) -> int:
+        """S, the length of a configuration."""
+        return max(self.slots) + 1
+
+    def widths(self, config: Sequence[int]) -> dict[str, int]:
+        """Return layer name -> bits for one configuration, pinned layers included.
 
         Raises:
             ConfigLengthError: the configuration does not have S entries.
             InvalidBitsError: a width is not among the choices.
         """
-        choice_indices(config, self.choices, len(self.searchable))
-        named = [*zip(self.searchable, map(int, config), strict=True), *self.pinned]
-        return {name: self.weights[name, bits] for name, bits in named}
+        choice_indices(config, self.choices, self.slot_count)
+        return {name: int(config[slot]) for name, slot in zip(self.searchable, self.slots, strict=True)} | dict(
+            self.pinned
+        )
+
+    def select(self, config: Sequence[int]) -> dict[str, QuantizedWeight]:
+        """Return layer name -> quantized weight for one configuration, pinned layers included.
+
+        Raises:
+            ConfigLengthError, InvalidBitsError: see :meth:`widths`.
+        """
+        return {name: self.weights[name, bits] for name, bits in self.widths(config).items()}
 
 
 def build_weight_bank(model: nn.Module, layers: pd.DataFrame, choices: Sequence[int]) -> WeightBank:
@@ -140,11 +165,12 @@ def build_weight_bank(model: nn.Module, layers: pd.DataFrame, choices: Sequence[
         choices: the B allowed widths.
     """
     modules = dict(model.named_modules())
-    searchable = tuple(layers.loc[layers["searchable"], "name"])
+    free = layers[layers["searchable"]]
+    searchable, slots = tuple(free["name"]), tuple(map(int, free["slot"]))
     pinned = tuple((layer.name, int(layer.pinned_bits)) for layer in layers[~layers["searchable"]].itertuples())
     wanted = [*((name, bits) for name in searchable for bits in choices), *pinned]
     weights = {(name, bits): quantize(modules[name].weight, bits) for name, bits in wanted}
-    return WeightBank(tuple(choices), searchable, pinned, weights)
+    return WeightBank(tuple(choices), searchable, slots, pinned, weights)
 
 
 @dataclass(frozen=True)
@@ -155,14 +181,17 @@ class ActivationRange:
     zero_point: int
     bits: int
 
+    def integers(self, x: torch.Tensor) -> torch.Tensor:
+        """Return codes - zero point of `x`: whole numbers as float32, in the shape of `x`."""
+        return x.mul(1 / self.scale).round_().clamp_(-self.zero_point, 2**self.bits - 1 - self.zero_point)
+
     def fake_quantize(self, x: torch.Tensor) -> torch.Tensor:
         """Return `x` after quantizing and dequantizing it.
 
         The same numbers as ``torch.fake_quantize_per_tensor_affine``, which also builds a mask for the backward pass
         and takes about ten times as long on a CPU.
         """
-        codes = x.mul(1 / self.scale).round_().add_(self.zero_point).clamp_(0, 2**self.bits - 1)
-        return codes.sub_(self.zero_point).mul_(self.scale)
+        return self.integers(x).mul_(self.scale)
 
 
 @torch.inference_mode()
@@ -203,11 +232,91 @@ def choose_activation_ranges(
     return ranges
 
 
+class QuantizedLayer(nn.Module):
+    """A convolution or a linear layer that multiplies integers: codes of its input and codes of its weight.
+
+    Whole numbers below 2^24 add up in float32 without an error, in whatever order. So the sums, and with them the
+    output, are the same to the last bit for every batch size, number of threads and processor. On processors with
+    8-bit instructions convolutions use them.
+
+    Args:
+        layer: the float layer.
+        weights: bits -> its quantized weight.
+        activation_range: range of its input.
+    """
+
+    def __init__(
+        self, layer: nn.Conv2d | nn.Linear, weights: Mapping[int, QuantizedWeight], activation_range: ActivationRange
+    ) -> None:
+        super().__init__()
+        self.activation_range, self._weights = activation_range, weights
+        self._channel = (-1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
+        bias = torch.zeros(layer.weight.shape[0], device=layer.weight.device) if layer.bias is None else layer.bias
+        self.bias = bias.detach().view(self._channel)
+        self._products = {bits: _product(layer, weight, activation_range) for bits, weight in weights.items()}
+        self._scales = {bits: (activation_range.scale * w.scale).view(self._channel) for bits, w in weights.items()}
+        self.bits = next(iter(weights))
+
+    @property
+    def weight(self) -> QuantizedWeight:
+        """The quantized weight at the selected bits."""
+        return self._weights[self.bits]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the layer's float32 output of a float32 input, in the float layer's shapes."""
+        total = self._products[self.bits](self.activation_range.integers(x))
+        return total.mul_(self._scales[self.bits]).add_(self.bias)
+
+
+def _product(
+    layer: nn.Conv2d | nn.Linear, weight: QuantizedWeight, activation_range: ActivationRange
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the function from an input's integers to the exact sums of products with a weight's integers."""
+    integers = weight.integers()
+    if isinstance(layer, nn.Linear):
+        return functools.partial(F.linear, weight=integers.float())
+    how = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    if layer.weight.device.type == "cpu" and integers.abs().max() < 128 and _has_int8_convolution():
+        return _int8_convolution(integers, how, activation_range)
+    kernel = integers.float().contiguous(memory_format=torch.channels_last)
+    return lambda x: F.conv2d(x, kernel, None, *how)
+
+
+def _int8_convolution(
+    integers: torch.Tensor, how: tuple, activation_range: ActivationRange
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return oneDNN's convolution of 8-bit integers with 32-bit sums, with every scale 1 so that nothing is rounded."""
+    zero, (stride, padding, dilation, groups) = activation_range.zero_point, how
+    ones, zeros = torch.ones(len(integers)), torch.zeros(len(integers), dtype=torch.int64)
+    places = (list(stride), list(padding), list(dilation), groups)
+    packed = torch.ops.onednn.qconv_prepack(integers.to(torch.int8), ones, 1.0, zero, *places, None)
+
+    def convolve(x: torch.Tensor) -> torch.Tensor:
+        codes = (x.add_(zero) if zero else x).to(torch.uint8)
+        rest = (None, *places, 1.0, 0, torch.float32, "none", [], "")
+        return torch.ops.onednn.qconv_pointwise(codes, 1.0, zero, packed, ones, zeros, *rest)
+
+    return convolve
+
+
+@functools.cache
+def _has_int8_convolution() -> bool:
+    """Return whether this processor's 8-bit convolution is there and exact."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-3, 253, (2, 8, 6, 6), generator=generator).float().contiguous(memory_format=torch.channels_last)
+    kernel = torch.randint(-127, 128, (8, 8, 3, 3), generator=generator).short()
+    try:
+        found = _int8_convolution(kernel, ((1, 1), (1, 1), (1, 1), 1), ActivationRange(1.0, 3, 8))(x.clone())
+    except (AttributeError, RuntimeError):
+        return False
+    return torch.equal(found, F.conv2d(x, kernel.float(), None, 1, 1))
+
+
 class QuantizedNetwork(nn.Module):
     """A folded network that takes any configuration by selecting weights from a bank; inputs of layers are quantized.
 
     Args:
-        model: network with folded batch norm; it is modified and must not be used otherwise.
+        model: network with folded batch norm; its layers are replaced and it must not be used otherwise.
         bank: its weight bank.
         activation_ranges: layer name -> range of its input.
     """
@@ -217,42 +326,25 @@ class QuantizedNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.bank, self.activation_ranges = model.eval().requires_grad_(False), bank, activation_ranges
-        self._layers = {name: module for name, module in model.named_modules() if name in activation_ranges}
-        self._tensors = {
-            key: weight.dequantize().contiguous(memory_format=_memory_format(weight.codes))
-            for key, weight in bank.weights.items()
-        }
+        self.layers: dict[str, QuantizedLayer] = {}
         for name, activation_range in activation_ranges.items():
-            self._layers[name].register_forward_pre_hook(_quantize_input(activation_range))
-        for name, bits in bank.pinned:
-            self._layers[name].weight.data = self._tensors[name, bits]
+            weights = {bits: weight for (layer, bits), weight in bank.weights.items() if layer == name}
+            self.layers[name] = QuantizedLayer(model.get_submodule(name), weights, activation_range)
+            model.set_submodule(name, self.layers[name])
 
     def select(self, config: Sequence[int]) -> QuantizedNetwork:
-        """Take a configuration: point every searchable layer at its weight in the bank. Returns the network itself.
+        """Take a configuration. Returns the network itself.
 
         Raises:
-            ConfigLengthError: the configuration does not have S entries.
-            InvalidBitsError: a width is not among the choices.
+            ConfigLengthError, InvalidBitsError: see :meth:`WeightBank.widths`.
         """
-        choice_indices(config, self.bank.choices, len(self.bank.searchable))
-        for name, bits in zip(self.bank.searchable, map(int, config), strict=True):
-            self._layers[name].weight.data = self._tensors[name, bits]
+        for name, bits in self.bank.widths(config).items():
+            self.layers[name].bits = bits
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (N, classes) of inputs (N, C, H, W) under the configuration selected last."""
         return self.model(x)
-
-
-def _quantize_input(activation_range: ActivationRange):
-    def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-        return (activation_range.fake_quantize(inputs[0]),)
-
-    return hook
-
-
-def _memory_format(tensor: torch.Tensor) -> torch.memory_format:
-    return torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
 
 
 def quantize_network(model: nn.Module, layers: pd.DataFrame, profile: Profile, calibration: Split) -> QuantizedNetwork:

@@ -1,16 +1,19 @@
-"""The bench: equality with the plain loop, kill and resume, deterministic bytes, named errors."""
+"""The bench: equality with the plain loop, its samples, extension, the table, named errors."""
 
+import collections
 import dataclasses
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import stats
 
-from emq_lib import bench
+from emq_lib import bench, measuring
 from emq_lib.artefacts import read_manifest, sha256
-from emq_lib.costs import weight_bytes
+from emq_lib.costs import CostTable, size_cost, weight_bytes
 from emq_lib.errors import (
     ConfigLengthError,
     ConfigNotFoundError,
@@ -19,7 +22,7 @@ from emq_lib.errors import (
     InvalidParameterError,
     MissingArtefactError,
 )
-from emq_lib.models import fold_batchnorm, load_checkpoint
+from emq_lib.models import fold_batchnorm, load_checkpoint, predict
 from emq_lib.profiles import get_profile
 from emq_lib.quantizers import choose_activation_ranges, fake_quantize
 
@@ -40,9 +43,9 @@ def test_more_configurations_than_there_are_is_an_error():
 
 def test_measuring_agrees_with_the_plain_loop_image_by_image(study, profile, data):
     """Quantize every layer afresh for each configuration, run one forward pass, no sharing, no bank."""
-    network, layers = bench.load_network(profile, data)
+    network, layers = measuring.load_network(profile, data)
     configs = bench.sample_configs(6, profile.choices, 20, rng=np.random.default_rng(2))
-    measured = [item for block in bench.measure(network, data.test, configs, batch_size=300) for item in block]
+    measured = [item for block in measuring.measure(network, data.test, configs, batch_size=300) for item in block]
     assert {item.config for item in measured} == {tuple(map(int, config)) for config in configs}
     searchable = list(layers.loc[layers["searchable"], "name"])
     for item in measured[::5]:
@@ -55,12 +58,23 @@ def test_measuring_agrees_with_the_plain_loop_image_by_image(study, profile, dat
         with torch.inference_mode():
             logits = torch.cat([model(data.test[:300].inputs()), model(data.test[300:].inputs())])
         np.testing.assert_array_equal(item.correct, (logits.argmax(1) == data.test.labels).numpy())
-        assert item.loss == pytest.approx(F.cross_entropy(logits.double(), data.test.labels).item(), abs=1e-9)
+        assert item.loss == pytest.approx(F.cross_entropy(logits.double(), data.test.labels).item(), rel=1e-3)
+
+
+def test_sharing_computation_changes_no_bit(study, profile, data):
+    network, _ = measuring.load_network(profile, data)
+    configs = bench.sample_configs(6, profile.choices, 40, rng=np.random.default_rng(4))
+    for block in measuring.measure(network, data.test, configs):
+        for item in block[::9]:
+            logits = predict(network.select(item.config), data.test, batch_size=77)
+            np.testing.assert_array_equal(item.correct, (logits.argmax(1) == data.test.labels).numpy())
+            truth = F.cross_entropy(logits.double(), data.test.labels).item()
+            assert item.loss == pytest.approx(truth, rel=1e-9)
 
 
 def test_rows_are_what_the_words_say(study, profile):
     table = bench.Bench.load(profile).table
-    assert len(table) == profile.bench_configs + 3
+    assert len(table) > profile.bench_configs + profile.stratified_configs + 3
     np.testing.assert_allclose(
         table["top1"], 100 * (table["correct_a"] + table["correct_b"]) / (table["n_a"] + table["n_b"])
     )
@@ -76,42 +90,76 @@ def test_rows_are_what_the_words_say(study, profile):
     assert row["bops"] == sum(8 * b * layer.macs for layer, b in zip(layers.itertuples(), bits, strict=True))
 
 
-def test_killed_and_resumed_ends_with_the_same_bytes(own_study, profile, data, monkeypatch):
-    whole = sha256(own_study / "bench.parquet")
-    for name in ("bench.parquet", "layers.csv"):
-        (own_study / name).unlink()
-    measure, blocks = bench.measure, []
-
-    def dies_in_the_second_block(*args, **kwargs):
-        for block in measure(*args, **kwargs):
-            if blocks:
-                raise KeyboardInterrupt
-            blocks.append(block)
-            yield block
-
-    monkeypatch.setattr(bench, "measure", dies_in_the_second_block)
-    with pytest.raises(KeyboardInterrupt):
-        bench.build_bench(profile, data)
-    assert not (own_study / "bench.parquet").exists()
-    partial = own_study / "bench.partial.jsonl"
-    partial.write_text(partial.read_text() + '{"rows": {"222233": {"top1": 12')  # a line cut off by the crash
-    seen = []
+def _count_measured(monkeypatch):
+    """Let every call of measure enter the number of its configurations into the list that is returned."""
+    measure, seen = measuring.measure, []
 
     def counting(network, split, configs, **kwargs):
         seen.append(len(configs))
         return measure(network, split, configs, **kwargs)
 
-    monkeypatch.setattr(bench, "measure", counting)
+    monkeypatch.setattr(measuring, "measure", counting)
+    return seen
+
+
+def test_a_bench_of_other_rows_is_extended(own_study, profile, data, monkeypatch):
+    whole = bench.Bench.load(profile).table
+    fewer = dataclasses.replace(profile, bench_configs=200, stratified_configs=40)
+    bench.build_bench(fewer, data)
+    assert len(bench.Bench.load(fewer)) < len(whole)
+    seen = _count_measured(monkeypatch)
     bench.build_bench(profile, data)
-    assert seen == [profile.bench_configs + 3 - bench.BLOCK]
-    assert sha256(own_study / "bench.parquet") == whole
-    assert not partial.exists()
+    pd.testing.assert_frame_equal(bench.Bench.load(profile).table, whole)
+    assert 0 < sum(seen) <= len(whole) - 200  # what the smaller bench holds is not measured again
 
 
-def test_rows_of_another_study_are_not_mixed_in(own_study, profile, data):
-    (own_study / "bench.partial.jsonl").write_text(json.dumps({"key": {"profile": "other"}}) + "\n")
-    with pytest.raises(CorruptArtefactError, match="Delete it to measure afresh"):
-        bench.build_bench(profile, data)
+def test_another_checkpoint_shares_no_row(own_study, profile, data):
+    split, configs = data.test, np.full((1, 6), 3)
+    before = measuring.row_keys(profile, data, len(split), configs)
+    assert before == measuring.row_keys(profile, data, len(split), configs)
+    assert before != measuring.row_keys(profile, data, 100, configs)
+    assert before != measuring.row_keys(dataclasses.replace(profile, activation_bits=4), data, len(split), configs)
+    with (own_study / "model.safetensors").open("ab") as file:
+        file.write(b" ")
+    assert before != measuring.row_keys(profile, data, len(split), configs)
+
+
+def test_stratified_configurations_are_evenly_spread_in_size(study, profile):
+    layers = bench.load_layers(profile)
+    size, choices = size_cost(layers, profile.choices), profile.choices
+    configs = bench.stratified_configs(size, choices, 120, rng=np.random.default_rng(3))
+    assert len({tuple(config) for config in configs}) == 120
+    share = (size.total(configs, choices) - size.smallest) / np.ptp(size.total([[2] * 6, [4] * 6], choices))
+    np.testing.assert_allclose(share, (np.arange(120) + 0.5) / 120, atol=0.06)
+    random = bench.sample_configs(6, choices, 120, rng=np.random.default_rng(3))[3:]
+    spread = (size.total(random, choices) - size.smallest) / np.ptp(size.total([[2] * 6, [4] * 6], choices))
+    assert np.std(share) > 1.3 * np.std(spread)
+
+
+def test_draws_within_a_strip_of_size_are_uniform():
+    """Three layers of one size: configurations of the middle size are drawn equally often."""
+    cost = CostTable("size", "bytes", 0.0, np.tile([2.0, 3.0, 4.0], (3, 1)))
+    draws = [bench.stratified_configs(cost, (2, 3, 4), 1, rng=np.random.default_rng(seed)) for seed in range(1_500)]
+    found = np.concatenate(draws)
+    assert set(found.sum(axis=1)) == {9} or found.sum(axis=1).min() >= 6
+    middle = [tuple(row) for row in found if sum(row) == 9]
+    counts = np.array(list(collections.Counter(middle).values()))
+    assert len(counts) == 7  # 333 and the six orders of 234
+    assert stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_one_off_configurations_change_one_layer_of_the_middle_uniform_one():
+    configs = bench.one_off_configs(4, (2, 3, 4))
+    assert configs.shape == (8, 4)
+    assert ((configs != 3).sum(axis=1) == 1).all()
+    assert len({tuple(config) for config in configs}) == 8
+
+
+def test_no_configuration_stands_twice(study, profile):
+    table = bench.Bench.load(profile).table
+    assert table["config_id"].is_unique
+    assert table["key"].is_unique
+    assert set(table["sample"]) == {"uniform", "random", "one-off", "stratified"}
 
 
 def test_query_finds_rows_and_names_bad_configurations(study, profile):
@@ -127,8 +175,8 @@ def test_query_finds_rows_and_names_bad_configurations(study, profile):
     )
     with pytest.raises(ConfigNotFoundError, match="Measure it"):
         measured.query(np.add(unmeasured, 2))
-    with pytest.raises(InvalidParameterError, match="it has random, uniform"):
-        measured.select("stratified")
+    with pytest.raises(InvalidParameterError, match="it has one-off, random, stratified, uniform"):
+        measured.select("latin")
 
 
 def test_halves_are_disjoint_complete_and_repeatable(study, profile):
@@ -178,8 +226,8 @@ def test_published_rows_are_measured_again_on_the_real_images(cifar10, monkeypat
     monkeypatch.delenv("EMQ_STUDY_ROOT", raising=False)
     profile, data = cifar10
     rows = bench.Bench.load(profile).table.iloc[[1, 200]]
-    network, _ = bench.load_network(profile, data)
-    (measured,) = bench.measure(network, data.test, np.stack(rows["bits"].to_numpy()))
+    network, _ = measuring.load_network(profile, data)
+    (measured,) = measuring.measure(network, data.test, np.stack(rows["bits"].to_numpy()))
     correct = {item.config: int(item.correct.sum()) for item in measured}
     for row in rows.itertuples():
         assert correct[tuple(row.bits)] == pytest.approx(row.correct_a + row.correct_b, abs=5)

@@ -76,12 +76,12 @@ def test_a_layer_that_runs_twice_is_named():
 
 
 def test_an_unknown_pinned_layer_is_named(resnet20):
-    with pytest.raises(UnsupportedModelError, match=r"pins \['stem'\]"):
+    with pytest.raises(UnsupportedModelError, match=r"pins or ties \['stem'\]"):
         models.layer_table(resnet20, dataclasses.replace(RESNET20, pinned=(("stem", 8),)))
 
 
 def test_an_unknown_model_is_named():
-    with pytest.raises(InvalidParameterError, match="known models: resnet20, resnet8"):
+    with pytest.raises(InvalidParameterError, match="known models: .*resnet20"):
         models.build_model(dataclasses.replace(RESNET20, model="resnet-9000"))
 
 

@@ -1,15 +1,21 @@
 """Quantizers against torch's own fake-quantize operator, brute force, and their defining properties."""
 
+import copy
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from emq_lib import quantizers
-from emq_lib.bench import load_network
+from emq_lib.costs import size_cost
 from emq_lib.errors import ConfigLengthError, InvalidBitsError, UnsupportedModelError
-from emq_lib.models import fold_batchnorm, layer_table, load_checkpoint
+from emq_lib.measuring import load_network
+from emq_lib.models import build_model, fold_batchnorm, layer_table, load_checkpoint
+from emq_lib.profiles import get_profile
 
 
 def _weight(seed, shape=(6, 5, 3, 3)):
@@ -81,7 +87,7 @@ def test_selecting_from_the_bank_is_quantizing_afresh(study, profile, data):
     widths = dict(zip(network.bank.searchable, config, strict=True)) | dict(profile.pinned)
     for name in layers["name"]:
         truth = quantizers.fake_quantize(float_model.get_submodule(name).weight, widths[name])
-        assert torch.equal(network.model.get_submodule(name).weight, truth)
+        assert torch.equal(network.layers[name].weight.dequantize(), truth)
 
 
 def test_bad_configurations_are_refused(study, profile, data):
@@ -116,3 +122,42 @@ def test_activation_rounding_is_torchs_fake_quantize(low, high):
     scale, zero = quantizers._affine(torch.tensor(low), torch.tensor(high), 8)
     found = quantizers.ActivationRange(scale.item(), int(zero), 8).fake_quantize(x)
     assert torch.equal(found, torch.fake_quantize_per_tensor_affine(x, scale.item(), int(zero), 0, 255))
+
+
+@pytest.mark.parametrize("zero_point", [0, 117])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(8, 16, 3, 2, 1), (5, 8, 9, 9)),
+        (nn.Conv2d(12, 12, 3, 1, 1, groups=12, bias=False), (5, 12, 9, 9)),
+        (nn.Conv2d(16, 8, 1), (5, 16, 9, 9)),
+        (nn.Linear(16, 10), (5, 16)),
+    ],
+)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_quantized_layer_computes_exact_sums(layer, shape, zero_point, bits):
+    """The truth is summed in float64, where products of these integers are exact too."""
+    activation_range = quantizers.ActivationRange(0.03, zero_point, 8)
+    weight = quantizers.quantize(layer.weight, bits)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(7))
+    with torch.inference_mode():
+        found = quantizers.QuantizedLayer(layer, {bits: weight}, activation_range)(x)
+        codes = (x * (1 / 0.03)).round().clamp(-zero_point, 255 - zero_point)
+        exact = copy.deepcopy(layer).double()
+        exact.weight.data, exact.bias = weight.integers().double(), None
+        channel = (-1, 1, 1) if len(shape) == 4 else (-1,)
+        truth = exact(codes.double()).float() * (0.03 * weight.scale).view(channel)
+        truth += 0 if layer.bias is None else layer.bias.view(channel)
+    assert torch.equal(found, truth)
+
+
+def test_tied_layers_take_the_bits_of_their_slot():
+    profile = dataclasses.replace(get_profile("digits-resnet8"), tied=(("layer2.0.conv1", "layer1.0.conv2"),))
+    model = fold_batchnorm(build_model(profile))
+    layers = layer_table(model, profile)
+    bank = quantizers.build_weight_bank(model, layers, profile.choices)
+    assert bank.slot_count == 5
+    widths = bank.widths((2, 3, 4, 2, 3))
+    assert widths["layer2.0.conv1"] == widths["layer1.0.conv2"] == 3
+    assert [widths[name] for name in ("layer1.0.conv1", "layer2.0.conv2", "layer3.0.conv2")] == [2, 4, 3]
+    assert size_cost(layers, profile.choices).table.shape == (5, 3)

@@ -1,0 +1,286 @@
+"""Measuring configurations on real images: shared computation, rows that survive a crash, several machines.
+
+Explained in chapter 01.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import inspect
+import itertools
+import json
+import pathlib
+import textwrap
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from emq_lib import quantizers
+from emq_lib.artefacts import atomic_path, checked_path, named_when_full, sha256, study_folder, to_json
+from emq_lib.costs import choice_indices
+from emq_lib.datasets import ImageData, Split
+from emq_lib.models import build_model, fold_batchnorm, layer_table, load_checkpoint, segments
+from emq_lib.profiles import Profile
+from emq_lib.quantizers import QuantizedNetwork, quantize_network
+
+BLOCK, BATCH = 32, 50
+PARTIAL = "measured.partial.jsonl"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one configuration does on a set of images.
+
+    Attributes:
+        config: the bits, S of them.
+        correct: bool, shape (N,): whether each image is classified correctly, in the order of the split.
+        loss: mean cross-entropy.
+    """
+
+    config: tuple[int, ...]
+    correct: np.ndarray
+    loss: float
+
+    @property
+    def top1(self) -> float:
+        """Top-1 accuracy in percent."""
+        return 100 * float(self.correct.mean())
+
+
+def measure(
+    network: QuantizedNetwork, split: Split, configs: np.ndarray, *, batch_size: int = BATCH
+) -> Iterator[list[Measurement]]:
+    """Measure configurations on every image of a split, block by block, in lexicographic order.
+
+    Within a block, neighbours that agree on the first layers share the computation up to the first piece of the network
+    in which they differ; the result is the plain forward pass's.
+
+    Args:
+        network: the quantized network; its selected configuration changes.
+        split: images and labels.
+        configs: bits, shape (N, S).
+        batch_size: images per forward pass.
+
+    Yields:
+        the measurements of up to 32 configurations.
+
+    Raises:
+        ConfigLengthError, InvalidBitsError: see :func:`emq_lib.costs.choice_indices`.
+    """
+    for block in _blocks(network, configs):
+        yield _measure_block(network, split, block, batch_size)
+
+
+def _blocks(network: QuantizedNetwork, configs: np.ndarray) -> list[list[tuple[int, ...]]]:
+    """Cut configurations in lexicographic order into blocks."""
+    choice_indices(configs, network.bank.choices, network.bank.slot_count)
+    ordered = sorted(tuple(map(int, config)) for config in configs)
+    return [ordered[start : start + BLOCK] for start in range(0, len(ordered), BLOCK)]
+
+
+@torch.inference_mode()
+def _measure_block(
+    network: QuantizedNetwork, split: Split, block: Sequence[tuple[int, ...]], batch_size: int
+) -> list[Measurement]:
+    pieces = segments(network.model, list(network.activation_ranges))
+    slot_of = dict(zip(network.bank.searchable, network.bank.slots, strict=True))
+    depth = [max((slot_of[name] for name in names if name in slot_of), default=-1) + 1 for _, names in pieces]
+    depth = np.maximum.accumulate(depth)  # bits that the output of each piece depends on
+    correct = np.empty((len(block), len(split)), dtype=bool)
+    losses = np.zeros(len(block))
+    for first in range(0, len(split), batch_size):
+        batch = split[first : first + batch_size]
+        outputs: list[torch.Tensor] = [batch.inputs()]
+        for row, config in enumerate(block):
+            shared = _shared_pieces(block[row - 1], config, depth) if row else 0
+            del outputs[shared + 1 :]
+            network.select(config)
+            for piece, _ in pieces[shared:]:
+                outputs.append(piece(outputs[-1]))
+            logits = outputs[-1].float()
+            correct[row, first : first + len(batch)] = (logits.argmax(dim=1) == batch.labels).cpu().numpy()
+            losses[row] += F.cross_entropy(logits.double(), batch.labels, reduction="sum").item()
+    return [
+        Measurement(config, hits, loss / len(split)) for config, hits, loss in zip(block, correct, losses, strict=True)
+    ]
+
+
+def _shared_pieces(previous: tuple[int, ...], config: tuple[int, ...], depth: np.ndarray) -> int:
+    """Return how many leading pieces give the same output under both configurations."""
+    pairs = zip(previous, config, strict=True)
+    differs = next((slot for slot, (before, now) in enumerate(pairs) if before != now), len(config))
+    return int(np.searchsorted(depth, differs, side="right"))
+
+
+def load_network(profile: Profile, data: ImageData) -> tuple[QuantizedNetwork, pd.DataFrame]:
+    """Return the study's quantized network and its layer table, from the checkpoint in the study's folder."""
+    model = fold_batchnorm(load_checkpoint(profile, checked_path(profile, "model.safetensors")))
+    layers = layer_table(model, profile)
+    return quantize_network(model, layers, profile, data.calibration), layers
+
+
+def measure_resumably(
+    profile: Profile,
+    network: QuantizedNetwork,
+    data: ImageData,
+    configs: np.ndarray,
+    *,
+    images: int | None = None,
+    known: Mapping[str, Mapping] | None = None,
+    scheduler: str | None = None,
+) -> tuple[pd.DataFrame, float]:
+    """Measure configurations on test images, keeping every finished block on disk.
+
+    A row is keyed by a hash of all that it depends on: the checkpoint, the images, how the network is quantized, the
+    configuration, and the code that measures. Interrupted at any moment, the same call skips what was measured and
+    returns the same rows. The caller removes the file of finished blocks, ``measured.partial.jsonl``.
+
+    Args:
+        profile: the study; its checkpoint must exist.
+        network: its quantized network.
+        data: its images.
+        configs: bits, shape (N, S), all distinct.
+        images: how many test images, the first ones in canonical order; all by default.
+        known: key -> row, measured earlier.
+        scheduler: address of a ``dask.distributed`` scheduler whose workers measure; by default this process does.
+
+    Returns:
+        columns key, top1, loss, correct_a, correct_b, n_a and n_b, one row per configuration in the order given; and
+        the wall time in seconds, earlier runs included.
+
+    Raises:
+        DiskFullError: no room for the finished rows; those written before are kept.
+    """
+    split = data.test[: images or len(data.test)]
+    keys = row_keys(profile, data, len(split), configs)
+    finished = PartialRows(study_folder(profile) / PARTIAL)
+    measured, half = dict(known or {}) | finished.read(), len(split) // 2
+    missing = [config for key, config in zip(keys, configs, strict=True) if key not in measured]
+    key_of = {tuple(map(int, config)): key for key, config in zip(keys, configs, strict=True)}
+    with tqdm(total=len(configs), initial=len(configs) - len(missing), desc=profile.name, unit="config") as progress:
+        started = time.perf_counter()
+        for block in _measure_anywhere(profile, network, split, np.array(missing), scheduler):
+            rows = {
+                key_of[item.config]: {
+                    "top1": item.top1,
+                    "loss": item.loss,
+                    "correct_a": int(item.correct[:half].sum()),
+                    "correct_b": int(item.correct[half:].sum()),
+                    "n_a": half,
+                    "n_b": len(split) - half,
+                }
+                for item in block
+            }
+            finished.append(rows, seconds=time.perf_counter() - started)
+            measured |= rows
+            started = time.perf_counter()
+            progress.update(len(block))
+    return pd.DataFrame([{"key": key} | dict(measured[key]) for key in keys]), finished.seconds
+
+
+def _measure_anywhere(
+    profile: Profile, network: QuantizedNetwork, split: Split, configs: np.ndarray, scheduler: str | None
+) -> Iterator[list[Measurement]]:
+    """Yield measured blocks from this process, or from the workers of a scheduler as they finish."""
+    if not len(configs):
+        return
+    if scheduler is None:
+        yield from measure(network, split, configs)
+        return
+    from distributed import Client, as_completed
+
+    state = load_checkpoint(profile, checked_path(profile, "model.safetensors")).state_dict()
+    with Client(scheduler) as client:
+        parts = (profile, state, network.bank, network.activation_ranges, split)
+        shared = client.scatter(parts, broadcast=True, hash=False)
+        blocks = _blocks(network, configs)
+        futures = [client.submit(_measure_remotely, shared, block, pure=False, retries=3) for block in blocks]
+        for _, block in as_completed(futures, with_results=True):
+            yield block
+
+
+_ON_WORKER: dict[str, object] = {}  # the parts that this worker received last, and the network built from them
+_ONE_AT_A_TIME = threading.Lock()  # a network has one selected configuration
+
+
+def _measure_remotely(parts: tuple, block: Sequence[tuple[int, ...]]) -> list[Measurement]:
+    """Measure one block on a worker, which builds the network from its parts once."""
+    profile, state, bank, activation_ranges, split = parts
+    with _ONE_AT_A_TIME:
+        if _ON_WORKER.get("parts") is not parts:
+            model = build_model(profile)
+            model.load_state_dict(state)
+            network = QuantizedNetwork(fold_batchnorm(model), bank, activation_ranges)
+            _ON_WORKER.update(parts=parts, network=network)
+        return _measure_block(_ON_WORKER["network"], split, block, BATCH)
+
+
+def row_keys(profile: Profile, data: ImageData, images: int, configs: np.ndarray) -> list[str]:
+    """Return one hexadecimal key per configuration: a hash of everything that its row depends on."""
+    facts = {
+        "checkpoint": sha256(study_folder(profile) / "model.safetensors"),
+        "images": (data.digest, images),
+        "calibration": len(data.calibration),
+        "quantized": (profile.quantizer, profile.pinned, profile.tied, profile.activation_bits),
+        "code": code_version(),
+    }
+    prefix = to_json(facts).encode()
+    return [hashlib.blake2b(prefix + bytes(map(int, config)), digest_size=12).hexdigest() for config in configs]
+
+
+@functools.cache
+def code_version() -> str:
+    """Return a hash of the measuring code as the interpreter sees it: comments and docstrings do not count."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in (_measure_block, _shared_pieces, fold_batchnorm, segments, quantizers):
+        tree = ast.parse(textwrap.dedent(inspect.getsource(part)))
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+                value = body[0].value
+                if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    node.body = body[1:] or [ast.Pass()]
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()
+
+
+class PartialRows:
+    """Finished rows of a long measurement on disk: one JSON line per block.
+
+    A line that a crash cut off is dropped on reading, so what is read was written whole.
+    """
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path, self.seconds = path, 0.0
+
+    def read(self) -> dict[str, dict]:
+        """Return key -> row of every block that was written whole, and forget the rest."""
+        if not self.path.exists():
+            return {}
+        *whole, cut = self.path.read_text().split("\n")
+        if cut:
+            with atomic_path(self.path) as path:
+                path.write_text("".join(line + "\n" for line in whole))
+        lines = [json.loads(line) for line in whole]
+        self.seconds = sum(line["seconds"] for line in lines)
+        return dict(itertools.chain.from_iterable(line["rows"].items() for line in lines))
+
+    def append(self, rows: Mapping[str, Mapping], *, seconds: float) -> None:
+        """Add one finished block and the wall time it took.
+
+        Raises:
+            DiskFullError: there is no room for it.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with named_when_full(self.path), self.path.open("a") as file:
+            file.write(to_json({"rows": rows, "seconds": seconds}) + "\n")
+        self.seconds += seconds
