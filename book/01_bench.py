@@ -399,16 +399,16 @@ chapter.claim(
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Top-1 against packed size, one point per random configuration. At any one size the accuracies still spread over tens of points: size alone does not decide.", "name": "fig-01-4"}, "image": {"alt": "Scatter of top-1 against packed size, a wide cloud rising to the right, with the uniform configurations joined by a line."}}
 figure, ax = plt.subplots()
-size = measured.table["size_bytes"] / 2**10
 plot_scatter(
-    size[len(uniform) :],
+    sample.table["size_bytes"] / 2**10,
     sample.top1,
     colour="#0072b2",
     xlabel="packed size (KiB)",
     ylabel="top-1 (%)",
     ax=ax,
 )
-ax.plot(size[: len(uniform)], uniform.top1, "o-", color="#d55e00")
+size = uniform.table["size_bytes"] / 2**10
+ax.plot(size, uniform.top1, "o-", color="#d55e00")
 ax.annotate(
     "uniform",
     (size[1], uniform.top1[1]),

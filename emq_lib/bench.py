@@ -5,7 +5,9 @@ Explained in chapter 01.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import pathlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -18,9 +20,15 @@ from scipy.special import softmax
 from emq_lib.artefacts import atomic_path, checked_path, read_manifest, record, sole_writer, study_folder
 from emq_lib.costs import CostTable, bops_cost, choice_indices, size_cost
 from emq_lib.datasets import ImageData
-from emq_lib.errors import ConfigNotFoundError, CorruptArtefactError, InvalidParameterError, MissingArtefactError
+from emq_lib.errors import (
+    ConfigNotFoundError,
+    CorruptArtefactError,
+    InfeasibleBudgetError,
+    InvalidParameterError,
+    MissingArtefactError,
+)
 from emq_lib.measuring import PARTIAL, load_network, measure_resumably
-from emq_lib.profiles import Profile, get_profile
+from emq_lib.profiles import QUANTIZERS, Profile, get_profile
 
 COLUMNS = (
     "key",
@@ -37,6 +45,7 @@ COLUMNS = (
     "size_bytes",
     "bops",
 )
+MEASURED = ("top1", "loss", "correct_a", "correct_b", "n_a", "n_b")
 
 
 def sample_configs(slots: int, choices: Sequence[int], count: int, *, rng: np.random.Generator) -> np.ndarray:
@@ -174,15 +183,19 @@ def parse_bits(text: str) -> tuple[int, ...]:
     return tuple(int(digit) for digit in text)
 
 
-def build_bench(profile: Profile, data: ImageData, *, scheduler: str | None = None) -> None:
+def build_bench(
+    profile: Profile, data: ImageData, *, quantizer: str | None = None, scheduler: str | None = None
+) -> None:
     """Measure the profile's configurations on test images; write ``layers.csv`` and ``bench.parquet``.
 
     Can be interrupted and called again: see :func:`emq_lib.measuring.measure_resumably`. Rows of an earlier bench that
-    still hold are taken over, so a profile that asks for more configurations extends what is there.
+    still hold are taken over, so a profile that asks for more configurations extends what is there. Rows of other
+    quantizers stay.
 
     Args:
         profile: the study; its checkpoint must exist.
         data: its images.
+        quantizer: "rtn" or "adaround"; by default the profile's.
         scheduler: address of a ``dask.distributed`` scheduler; by default this process measures.
 
     Raises:
@@ -190,11 +203,13 @@ def build_bench(profile: Profile, data: ImageData, *, scheduler: str | None = No
         DiskFullError: no room; what was measured is kept.
     """
     folder = study_folder(profile)
+    profile = dataclasses.replace(profile, quantizer=quantizer or profile.quantizer)
     with sole_writer(profile):
         network, layers = load_network(profile, data)
         rows, choices = design(profile, layers), profile.choices
         configs = np.stack(rows["bits"].to_numpy())
-        known, seconds_before = _known_rows(profile)
+        before, seconds_before = _present_table(profile)
+        known = before.set_index("key")[list(MEASURED)].to_dict("index")
         measured, seconds = measure_resumably(
             profile, network, data, configs, images=profile.bench_images, known=known, scheduler=scheduler
         )
@@ -209,6 +224,8 @@ def build_bench(profile: Profile, data: ImageData, *, scheduler: str | None = No
             bops=bit_operations.total(configs, choices).astype(np.int64),
         )
         write_layers(profile, layers)
+        others = before[before["quantizer"] != profile.quantizer]
+        table = pd.concat([table, others] if profile.quantizer == QUANTIZERS[0] else [others, table])
         with atomic_path(folder / "bench.parquet") as path:
             table[list(COLUMNS)].to_parquet(path, index=False)
         command = f"emq_lib.bench.build_bench on {profile.name}"
@@ -216,15 +233,13 @@ def build_bench(profile: Profile, data: ImageData, *, scheduler: str | None = No
         (folder / PARTIAL).unlink(missing_ok=True)
 
 
-def _known_rows(profile: Profile) -> tuple[dict[str, dict], float]:
-    """Return key -> row of the study's present bench, and the wall time that it took; nothing if there is none."""
-    if not has_study(profile, "bench.parquet"):
-        return {}, 0.0
-    table = Bench.load(profile).table
-    if "key" not in table:
-        return {}, 0.0
-    columns = ["top1", "loss", "correct_a", "correct_b", "n_a", "n_b"]
-    return table.set_index("key")[columns].to_dict("index"), read_manifest(profile)["bench.parquet"]["seconds"]
+def _present_table(profile: Profile) -> tuple[pd.DataFrame, float]:
+    """Return the study's present bench, all quantizers, and the wall time it took; an empty one if there is none."""
+    if has_study(profile, "bench.parquet"):
+        table = _read_table(checked_path(profile, "bench.parquet"))
+        if "key" in table:
+            return table, read_manifest(profile)["bench.parquet"]["seconds"]
+    return pd.DataFrame(columns=list(COLUMNS)), 0.0
 
 
 def write_layers(profile: Profile, layers: pd.DataFrame) -> None:
@@ -254,23 +269,28 @@ class Bench:
     table: pd.DataFrame
 
     @classmethod
-    def load(cls, profile: Profile | str) -> Bench:
+    def load(cls, profile: Profile | str, quantizer: str | None = None) -> Bench:
         """Load a study's bench after checking it against the manifest.
+
+        Args:
+            profile: the study or its name.
+            quantizer: "rtn" or "adaround"; by default the profile's.
 
         Raises:
             UnknownProfileError: no such profile.
-            MissingArtefactError: the bench was not built.
+            MissingArtefactError: the bench was not built, or not with this quantizer.
             CorruptArtefactError: the file is truncated or altered.
         """
         profile = get_profile(profile) if isinstance(profile, str) else profile
-        path = checked_path(profile, "bench.parquet")
-        try:
-            table = pd.read_parquet(path)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise CorruptArtefactError(f"{path} is not a parquet file ({error}). Restore or rebuild it.") from error
-        if absent := sorted(set(COLUMNS) - {"key"} - set(table.columns)):  # a key is needed to extend, not to read
-            raise CorruptArtefactError(f"{path} lacks the columns {absent}. Restore or rebuild it.")
-        return cls(profile, table)
+        profile = dataclasses.replace(profile, quantizer=quantizer or profile.quantizer)
+        table = _read_table(checked_path(profile, "bench.parquet"))
+        chosen = table[table["quantizer"] == profile.quantizer]
+        if chosen.empty:
+            raise MissingArtefactError(
+                f"The bench of {profile.name!r} has no rows of {profile.quantizer!r}, only of "
+                f"{', '.join(table['quantizer'].unique())}. Measure them with emq_lib.bench.build_bench(quantizer=...)."
+            )
+        return cls(profile, chosen.reset_index(drop=True))
 
     def __len__(self) -> int:
         """Return the number of configurations."""
@@ -326,6 +346,43 @@ class Bench:
             raise InvalidParameterError(f"the bench of {self.profile.name!r} has no sample {sample!r}; it has {known}.")
         return Bench(self.profile, chosen.reset_index(drop=True))
 
+    def within(self, *, size: tuple[float, float] | None = None, bops: tuple[float, float] | None = None) -> Bench:
+        """Return the configurations whose packed size (bytes) and bit operations lie in the ranges, ends included."""
+        table = self.table
+        for column, bounds in (("size_bytes", size), ("bops", bops)):
+            if bounds is not None:
+                table = table[table[column].between(*bounds)]
+        return Bench(self.profile, table.reset_index(drop=True))
+
+    def sample(self, count: int, *, rng: np.random.Generator) -> Bench:
+        """Return `count` of the configurations, drawn without repetition, in the order of the table.
+
+        Raises:
+            InvalidParameterError: there are fewer.
+        """
+        if count > len(self):
+            raise InvalidParameterError(f"asked for {count} of {len(self)} configurations.")
+        rows = np.sort(rng.choice(len(self), size=count, replace=False))
+        return Bench(self.profile, self.table.iloc[rows].reset_index(drop=True))
+
+    def best(self, *, size: float = np.inf, bops: float = np.inf) -> pd.Series:
+        """Return the row with the highest top-1 whose packed size (bytes) and bit operations keep the budgets.
+
+        Raises:
+            InfeasibleBudgetError: no measured configuration does.
+        """
+        fits = self.within(size=(0, size), bops=(0, bops)).table
+        if fits.empty:
+            raise InfeasibleBudgetError(
+                f"None of the {len(self)} configurations has at most {size} bytes and {bops} bit operations; the "
+                f"smallest has {self.table['size_bytes'].min()} bytes, the cheapest {self.table['bops'].min()}."
+            )
+        return fits.loc[fits["top1"].idxmax()]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a copy of the table, to change at will."""
+        return self.table.copy()
+
     def split(self, rng: np.random.Generator | None = None) -> tuple[Bench, Bench]:
         """Return the search half and the held-out half of the random configurations.
 
@@ -346,6 +403,17 @@ class Bench:
             "BOPs": bops_cost(layers, self.profile.choices, activation_bits=self.profile.activation_bits),
         }
         return tables[name]
+
+
+def _read_table(path: pathlib.Path) -> pd.DataFrame:
+    """Read a bench and check its columns."""
+    try:
+        table = pd.read_parquet(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise CorruptArtefactError(f"{path} is not a parquet file ({error}). Restore or rebuild it.") from error
+    if absent := sorted(set(COLUMNS) - {"key"} - set(table.columns)):  # a key is needed to extend, not to read
+        raise CorruptArtefactError(f"{path} lacks the columns {absent}. Restore or rebuild it.")
+    return table
 
 
 def has_study(profile: Profile, *filenames: str) -> bool:

@@ -24,13 +24,13 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from emq_lib import quantizers
+from emq_lib import quantizers, reconstruction
 from emq_lib.artefacts import atomic_path, checked_path, named_when_full, sha256, study_folder, to_json
 from emq_lib.costs import choice_indices
 from emq_lib.datasets import ImageData, Split
 from emq_lib.models import build_model, fold_batchnorm, layer_table, load_checkpoint, segments
 from emq_lib.profiles import Profile
-from emq_lib.quantizers import QuantizedNetwork, quantize_network
+from emq_lib.quantizers import QuantizedNetwork
 
 BLOCK, BATCH = 32, 50
 PARTIAL = "measured.partial.jsonl"
@@ -125,7 +125,12 @@ def load_network(profile: Profile, data: ImageData) -> tuple[QuantizedNetwork, p
     """Return the study's quantized network and its layer table, from the checkpoint in the study's folder."""
     model = fold_batchnorm(load_checkpoint(profile, checked_path(profile, "model.safetensors")))
     layers = layer_table(model, profile)
-    return quantize_network(model, layers, profile, data.calibration), layers
+    if profile.quantizer == "adaround":
+        bank = reconstruction.build_adaround_bank(model, layers, profile.choices, data.calibration)
+    else:
+        bank = quantizers.build_weight_bank(model, layers, profile.choices)
+    ranges = quantizers.choose_activation_ranges(model, layers, data.calibration, bits=profile.activation_bits)
+    return QuantizedNetwork(model, bank, ranges), layers
 
 
 def measure_resumably(
@@ -231,17 +236,23 @@ def row_keys(profile: Profile, data: ImageData, images: int, configs: np.ndarray
         "images": (data.digest, images),
         "calibration": len(data.calibration),
         "quantized": (profile.quantizer, profile.pinned, profile.tied, profile.activation_bits),
-        "code": code_version(),
+        "code": code_version(profile.quantizer),
     }
     prefix = to_json(facts).encode()
     return [hashlib.blake2b(prefix + bytes(map(int, config)), digest_size=12).hexdigest() for config in configs]
 
 
 @functools.cache
-def code_version() -> str:
-    """Return a hash of the measuring code as the interpreter sees it: comments and docstrings do not count."""
+def code_version(quantizer: str) -> str:
+    """Return a hash of the code that decides a row's numbers: folding, ranges, rounding, the arithmetic of a layer.
+
+    Comments and docstrings do not count, nor does the engine around that code: how work is shared and which
+    instructions multiply changes no number, which the tests check.
+    """
+    decisive = [fold_batchnorm, quantizers.choose_qparams, quantizers.QuantizedWeight, quantizers.quantize]
+    decisive += [quantizers.choose_activation_ranges, quantizers.ActivationRange, quantizers.QuantizedLayer.forward]
     digest = hashlib.blake2b(digest_size=8)
-    for part in (_measure_block, _shared_pieces, fold_batchnorm, segments, quantizers):
+    for part in (*decisive, *([reconstruction] if quantizer == "adaround" else [])):
         tree = ast.parse(textwrap.dedent(inspect.getsource(part)))
         for node in ast.walk(tree):
             body = getattr(node, "body", None)

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from emq_lib.errors import InvalidBitsError, UnknownProfileError
+from emq_lib.errors import InvalidBitsError, InvalidParameterError, UnknownProfileError
+
+QUANTIZERS = ("rtn", "adaround")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Profile:
         pinned: (layer name, bits) of the layers outside the search.
         tied: (layer name, layer that it takes its bits from), e.g. a shortcut's convolution.
         activation_bits: width of every quantized layer's input.
-        quantizer: how weights are rounded; ``"rtn"`` is rounding to nearest.
+        quantizer: how weights are rounded: ``"rtn"`` to nearest, ``"adaround"`` so that outputs change least.
         seed: root of every random stream of the study.
         validation_images: training images set aside to choose the epoch.
         calibration_images: training images that statistics and ranges may see.
@@ -80,11 +82,16 @@ class Profile:
     evolution: EvolutionBudget = field(default_factory=EvolutionBudget)
 
     def __post_init__(self) -> None:
-        """Check the bit widths.
+        """Check the bit widths and the quantizer.
 
         Raises:
             InvalidBitsError: a width outside 1 to 8, or choices that are not increasing.
+            InvalidParameterError: no such quantizer.
         """
+        if self.quantizer not in QUANTIZERS:
+            raise InvalidParameterError(
+                f"profile {self.name!r}: unknown quantizer {self.quantizer!r}; known: {', '.join(QUANTIZERS)}."
+            )
         widths = (*self.choices, *(bits for _, bits in self.pinned), self.activation_bits)
         if not self.choices or any(not 1 <= bits <= 8 for bits in widths):
             raise InvalidBitsError(f"profile {self.name!r}: bit widths must lie in 1 to 8, got {widths}.")

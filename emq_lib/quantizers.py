@@ -18,7 +18,6 @@ from torch import nn
 from emq_lib.costs import choice_indices
 from emq_lib.datasets import Split
 from emq_lib.errors import InvalidBitsError, UnsupportedModelError
-from emq_lib.profiles import Profile
 
 SHRINKS = 80
 
@@ -345,10 +344,3 @@ class QuantizedNetwork(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (N, classes) of inputs (N, C, H, W) under the configuration selected last."""
         return self.model(x)
-
-
-def quantize_network(model: nn.Module, layers: pd.DataFrame, profile: Profile, calibration: Split) -> QuantizedNetwork:
-    """Build a profile's quantized network: weight bank and activation ranges of a folded float network."""
-    bank = build_weight_bank(model, layers, profile.choices)
-    ranges = choose_activation_ranges(model, layers, calibration, bits=profile.activation_bits)
-    return QuantizedNetwork(model, bank, ranges)

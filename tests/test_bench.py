@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 
-from emq_lib import bench, measuring
+from emq_lib import bench, measuring, reconstruction
 from emq_lib.artefacts import read_manifest, sha256
 from emq_lib.costs import CostTable, size_cost, weight_bytes
 from emq_lib.errors import (
     ConfigLengthError,
     ConfigNotFoundError,
     CorruptArtefactError,
+    InfeasibleBudgetError,
     InvalidBitsError,
     InvalidParameterError,
     MissingArtefactError,
@@ -160,6 +161,41 @@ def test_no_configuration_stands_twice(study, profile):
     assert table["config_id"].is_unique
     assert table["key"].is_unique
     assert set(table["sample"]) == {"uniform", "random", "one-off", "stratified"}
+
+
+def test_a_second_quantizer_stands_beside_the_first(own_study, profile, data, monkeypatch):
+    monkeypatch.setattr(reconstruction, "ITERATIONS", 100)
+    few = dataclasses.replace(profile, bench_configs=30, stratified_configs=15)
+    nearest = bench.Bench.load(profile).table
+    with pytest.raises(MissingArtefactError, match="no rows of 'adaround', only of rtn"):
+        bench.Bench.load(profile, quantizer="adaround")
+    bench.build_bench(few, data, quantizer="adaround")
+    pd.testing.assert_frame_equal(bench.Bench.load(profile).table, nearest)
+    reconstructed = bench.Bench.load(profile, quantizer="adaround")
+    both = reconstructed.table.merge(nearest, on="config_id", suffixes=("_ada", "_rtn"))
+    assert len(both) > 30
+    assert not set(both["key_ada"]) & set(both["key_rtn"])
+    assert both["top1_ada"].mean() > both["top1_rtn"].mean()
+
+
+def test_filtering_sampling_and_the_best_under_a_budget(study, profile):
+    measured = bench.Bench.load(profile)
+    table = measured.to_pandas()
+    middle = table["size_bytes"].median()
+    small = measured.within(size=(0, middle))
+    assert set(small.table["config_id"]) == set(table.loc[table["size_bytes"] <= middle, "config_id"])
+    truth = table[(table["size_bytes"] <= middle) & (table["bops"] <= table["bops"].median())]["top1"].max()
+    assert measured.best(size=middle, bops=table["bops"].median())["top1"] == truth
+    drawn = measured.sample(25, rng=np.random.default_rng(6)).table["config_id"]
+    assert drawn.is_unique
+    assert len(drawn) == 25
+    assert list(drawn) == [name for name in table["config_id"] if name in set(drawn)]
+    with pytest.raises(InvalidParameterError, match=f"asked for 9999 of {len(table)}"):
+        measured.sample(9_999, rng=np.random.default_rng(6))
+    with pytest.raises(InfeasibleBudgetError, match=f"smallest has {table['size_bytes'].min()} bytes"):
+        measured.best(size=10)
+    table.loc[0, "top1"] = -1.0
+    assert measured.table.loc[0, "top1"] >= 0
 
 
 def test_query_finds_rows_and_names_bad_configurations(study, profile):

@@ -129,8 +129,9 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path, small_disk):
 def test_the_code_version_ignores_comments_and_docstrings(monkeypatch):
     source = {"text": 'def f(x):\n    """Doc."""\n    return x  # comment\n'}
     monkeypatch.setattr(measuring.inspect, "getsource", lambda part: source["text"])
-    first = measuring.code_version.__wrapped__()
+    first = measuring.code_version.__wrapped__("rtn")
     source["text"] = "def f(x):\n    return x\n"
-    assert measuring.code_version.__wrapped__() == first
+    assert measuring.code_version.__wrapped__("rtn") == first
+    assert measuring.code_version.__wrapped__("adaround") != first  # its own code counts too
     source["text"] = "def f(x):\n    return x + 1\n"
-    assert measuring.code_version.__wrapped__() != first
+    assert measuring.code_version.__wrapped__("rtn") != first

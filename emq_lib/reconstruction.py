@@ -1,0 +1,148 @@
+"""AdaRound (Nagel et al. 2020): round each weight up or down so that the layer's output changes least.
+
+A layer is linear in its weight. So the mean squared error of its output on the calibration images is a quadratic form
+in the rounding error E of each output channel, E M E', where M is the mean of x x' over the patches x that the layer
+sees. M is gathered once per layer with full-precision inputs; a reconstruction then needs neither images nor the
+network, and a layer at b bits has one reconstruction, whatever the other layers do. Explained in chapter 01.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from emq_lib.datasets import Split
+from emq_lib.quantizers import QuantizedWeight, WeightBank, build_weight_bank, choose_qparams, quantize
+
+ITERATIONS, LEARNING_RATE, WARM_UP = 500, 3e-2, 0.2
+STRETCH = (-0.1, 1.1)  # the sigmoid of a rounding variable is stretched to this range and cut to 0..1
+ANNEALING = (20.0, 2.0)  # exponent of the regularizer, from soft to hard
+PULL = 0.1  # weight of the regularizer against the relative error
+
+
+@torch.inference_mode()
+def second_moments(
+    model: nn.Module, names: Sequence[str], calibration: Split, *, batch_size: int = 64
+) -> dict[str, torch.Tensor]:
+    """Gather the second moments of what each layer of a folded float network sees.
+
+    Args:
+        model: the network.
+        names: its layers, convolutions or linear.
+        calibration: the calibration images.
+        batch_size: images per forward pass.
+
+    Returns:
+        layer name -> float64 tensor (G, K, K), the mean of x x' over images and positions; G is the number of groups
+        and K the number of weights of one output channel.
+    """
+    sums: dict[str, torch.Tensor] = {}
+    counts = dict.fromkeys(names, 0)
+
+    def watch(name: str):
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            patches = _patches(module, inputs[0])
+            sums[name] = sums.get(name, 0) + (patches @ patches.mT).double()
+            counts[name] += patches.shape[-1]
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+    try:
+        for start in range(0, len(calibration), batch_size):
+            model(calibration[start : start + batch_size].inputs())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: sums[name] / counts[name] for name in names}
+
+
+def _patches(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return what each output of a layer is a product with, shape (G, K, patches)."""
+    if isinstance(module, nn.Linear):
+        return x.reshape(1, -1, x.shape[-1]).mT
+    how = {"dilation": module.dilation, "padding": module.padding, "stride": module.stride}
+    patches = F.unfold(x.contiguous(), module.kernel_size, **how)
+    images, _, positions = patches.shape
+    grouped = patches.view(images, module.groups, -1, positions)
+    return grouped.permute(1, 2, 0, 3).reshape(module.groups, -1, images * positions)
+
+
+def output_error(error: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+    """Return the squared output error, summed over output channels, of a weight error (G, C_out / G, K)."""
+    return ((error @ moments) * error).sum()
+
+
+def adaround(weight: torch.Tensor, bits: int, moments: torch.Tensor) -> QuantizedWeight:
+    """Round a weight so that the layer's output changes least; ranges are those of rounding to nearest.
+
+    Every weight gets a rounding variable whose stretched sigmoid h lies between 0 (down) and 1 (up). Adam minimizes the
+    output error plus a regularizer, 1 - |2 h - 1|^beta, whose exponent falls from 20 to 2 and so drives h to 0 or 1.
+    Where that ends with more error than rounding to nearest, rounding to nearest stays.
+
+    Args:
+        weight: float tensor of shape (C_out, ...).
+        bits: bit width, 1 to 8.
+        moments: second moments of the layer's input, shape (G, K, K).
+
+    Raises:
+        InvalidBitsError: a width outside 1 to 8.
+    """
+    nearest = quantize(weight, bits)
+    scale, zero_point = choose_qparams(weight, bits)
+    grouped = (len(moments), -1, moments.shape[-1])
+    flat, moments = weight.detach().flatten(1).float().view(grouped), moments.to(weight.device, torch.float32)
+    step = scale.view(len(moments), -1, 1)
+    lowest = -zero_point.float().view(len(moments), -1, 1)
+    floor = (flat / step).floor()
+
+    def error(up: torch.Tensor) -> torch.Tensor:
+        return torch.minimum(torch.maximum(floor + up, lowest), lowest + 2**bits - 1) * step - flat
+
+    worst = output_error(nearest.dequantize().flatten(1).view(grouped) - flat, moments)
+    share = (flat / step - floor).clamp(1e-3, 1 - 1e-3)
+    low, high = STRETCH
+    variable = torch.logit((share - low) / (high - low)).requires_grad_()
+    optimizer = torch.optim.Adam([variable], lr=LEARNING_RATE)
+    for iteration in range(ITERATIONS):
+        up = (torch.sigmoid(variable) * (high - low) + low).clamp(0, 1)
+        loss = output_error(error(up), moments) / worst.clamp(min=1e-12) * flat.numel()
+        progress = (iteration / ITERATIONS - WARM_UP) / (1 - WARM_UP)
+        if progress >= 0:
+            beta = ANNEALING[0] + (ANNEALING[1] - ANNEALING[0]) * progress
+            loss = loss + PULL * (1 - (2 * up - 1).abs() ** beta).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        up = ((torch.sigmoid(variable) * (high - low) + low) >= 0.5).float()
+        if output_error(error(up), moments) >= worst:
+            return nearest
+        codes = torch.minimum(torch.maximum(floor + up, lowest), lowest + 2**bits - 1) - lowest
+    return QuantizedWeight(codes.view(weight.shape).to(torch.uint8), scale, zero_point, bits)
+
+
+def build_adaround_bank(
+    model: nn.Module, layers: pd.DataFrame, choices: Sequence[int], calibration: Split
+) -> WeightBank:
+    """Reconstruct each searchable layer of a folded network at each width; pinned layers are rounded to nearest.
+
+    Args:
+        model: network with folded batch norm.
+        layers: its layer table.
+        choices: the B allowed widths.
+        calibration: the calibration images.
+    """
+    nearest = build_weight_bank(model, layers, choices)
+    moments = second_moments(model, nearest.searchable, calibration)
+    weights = {
+        (name, bits): adaround(model.get_submodule(name).weight, bits, moments[name])
+        for name in nearest.searchable
+        for bits in choices
+    }
+    return dataclasses.replace(nearest, weights={**nearest.weights, **weights})

@@ -1,0 +1,93 @@
+"""AdaRound against the convolution itself, against every possible rounding, and against rounding to nearest."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from emq_lib import reconstruction
+from emq_lib.datasets import Split
+from emq_lib.measuring import load_network
+from emq_lib.models import predict, top1
+from emq_lib.quantizers import quantize
+from emq_lib.reconstruction import adaround, output_error, second_moments
+
+
+def _images(channels, count=6):
+    generator = torch.Generator().manual_seed(8)
+    images = torch.randint(0, 256, (count, channels, 9, 9), dtype=torch.uint8, generator=generator)
+    return Split(images, torch.zeros(count, dtype=torch.int64), torch.full((channels,), 0.4), torch.ones(channels))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(6, 4, 3, stride=2, padding=1),
+        nn.Conv2d(6, 12, 3, padding=2, dilation=2, groups=3),
+        nn.Conv2d(6, 6, 3, groups=6),
+        nn.Sequential(nn.Flatten(), nn.Linear(6 * 81, 5)),
+    ],
+)
+def test_the_quadratic_form_is_the_squared_change_of_the_output(layer):
+    split, name = _images(6), "1" if isinstance(layer, nn.Sequential) else ""
+    moments = second_moments(layer, [name], split, batch_size=4)[name]
+    weight = layer.get_submodule(name).weight
+    error = torch.randn(weight.shape, generator=torch.Generator().manual_seed(9))
+    with torch.inference_mode():
+        before = layer(split.inputs())
+        weight += error
+        change = (layer(split.inputs()) - before).double()
+    truth = change.square().sum() / (change.numel() / len(error))
+    found = output_error(error.double().flatten(1).view(len(moments), -1, moments.shape[-1]), moments)
+    torch.testing.assert_close(found, truth, rtol=1e-4, atol=0.0)
+
+
+def _problem(seed, channels=4, inputs=9):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(400, inputs, generator=generator) @ torch.randn(inputs, inputs, generator=generator)
+    return torch.randn(channels, inputs, generator=generator), (x.relu().mT @ x.relu() / len(x))[None]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_close_to_the_best_of_all_roundings(seed):
+    weight, moments = _problem(seed, channels=1)
+    nearest = quantize(weight, 2)
+    scale, zero = nearest.scale[:, None], nearest.zero_point.float()[:, None]
+    ups = torch.tensor(list(itertools.product((0.0, 1.0), repeat=9)))
+    codes = ((weight / scale).floor() + zero + ups).clamp(0, 3)
+    errors = (codes - zero) * scale - weight
+    every = ((errors @ moments[0]) * errors).sum(dim=1)
+    rounded = (adaround(weight, 2, moments), nearest)
+    found, worst = (output_error((q.dequantize() - weight)[None], moments) for q in rounded)
+    assert every.min() <= found * (1 + 1e-5)
+    assert found <= every.min() + 0.25 * (worst - every.min()) + 1e-6
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_never_worse_than_rounding_to_nearest_and_one_step_away(bits):
+    weight, moments = _problem(11, channels=8, inputs=18)
+    nearest, found = quantize(weight, bits), adaround(weight, bits, moments)
+    errors = [output_error((q.dequantize() - weight)[None], moments) for q in (found, nearest)]
+    assert errors[0] <= errors[1]
+    assert torch.equal(found.scale, nearest.scale)
+    assert torch.equal(found.zero_point, nearest.zero_point)
+    assert (found.codes.int() - nearest.codes.int()).abs().max() <= 1
+    assert found.codes.max() <= 2**bits - 1
+    assert torch.equal(found.codes, adaround(weight, bits, moments).codes)
+
+
+def test_uncorrelated_inputs_leave_nothing_to_gain():
+    """With a diagonal second moment every weight is on its own, and the nearest level is the best."""
+    weight, _ = _problem(12)
+    assert torch.equal(adaround(weight, 3, torch.eye(9)[None]).codes, quantize(weight, 3).codes)
+
+
+def test_the_bank_lifts_low_bits(own_study, profile, data, monkeypatch):
+    monkeypatch.setattr(reconstruction, "ITERATIONS", 200)
+    accuracy = {}
+    for quantizer in ("rtn", "adaround"):
+        network, _ = load_network(dataclasses.replace(profile, quantizer=quantizer), data)
+        accuracy[quantizer] = top1(predict(network.select((2,) * 6), data.test), data.test.labels)
+    assert accuracy["adaround"] > accuracy["rtn"] + 5
