@@ -11,7 +11,7 @@ export PYTHONPATH :=
 export JUPYTER_PATH := $(CURDIR)/$(VENV)/share/jupyter
 
 .DEFAULT_GOAL := help
-.PHONY: help env book notebooks test lint lab lock clean
+.PHONY: help env book notebooks test lint benchmarks lab lock clean
 
 help:  ## list what make can do
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -34,11 +34,14 @@ notebooks: $(READY)  ## execute the chapters and refresh the outputs of book/*.i
 	$(BIN)/python -m emq_lib.publishing notebooks --profile $(PROFILE)
 
 lint: $(READY)
-	$(BIN)/ruff check emq_lib tests book/*.py
-	$(BIN)/ruff format --check emq_lib tests book/*.py
+	$(BIN)/ruff check emq_lib tests benchmarks book/*.py
+	$(BIN)/ruff format --check emq_lib tests benchmarks book/*.py
 
 test: lint  ## lint, unit tests, doctests, and every chapter live on digits-resnet8
 	$(BIN)/python -m pytest -q -rs --durations=8
+
+benchmarks: $(READY)  ## time the engine against the plain way: make benchmarks [PROFILE=...]
+	$(BIN)/python benchmarks/engine.py --profile $(PROFILE)
 
 lab: $(READY)  ## open the chapters in JupyterLab
 	$(BIN)/jupyter lab book

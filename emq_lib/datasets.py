@@ -11,12 +11,17 @@ import hashlib
 import os
 import pathlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image
 
 from emq_lib.errors import DatasetMismatchError, DatasetNotFoundError
 from emq_lib.profiles import Profile
+
+if TYPE_CHECKING:
+    from torchvision.datasets import ImageFolder
 
 CIFAR10_DIGEST = "3ef2f9db288a8f54943411ef64a5b5cbe16686916bac3fcd64e24c0ef4a131f8"
 _CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -66,11 +71,7 @@ class ImageData:
     calibration: Split
     test: Split
     digest: str
-
-    @property
-    def classes(self) -> int:
-        """Number of classes."""
-        return int(self.train.labels.max()) + 1
+    classes: int
 
 
 def load_dataset(profile: Profile) -> ImageData:
@@ -80,10 +81,15 @@ def load_dataset(profile: Profile) -> ImageData:
     ``EMQ_DATA_ROOT`` names, as ``cifar10.npz``, as torchvision's ``cifar-10-batches-py`` or as an ImageFolder tree
     ``train/<class>/*.png`` and ``test/<class>/*.png``.
 
+    ImageNet is the reader's own ImageFolder tree ``imagenet/train/<class>/*`` and ``imagenet/val/<class>/*`` under that
+    folder; of its training images only the calibration images are read.
+
     Raises:
         DatasetNotFoundError: no images where they are looked for.
-        DatasetMismatchError: the images found are not CIFAR-10.
+        DatasetMismatchError: the images found are not CIFAR-10, or the class folders of the two parts differ.
     """
+    if profile.dataset == "imagenet":
+        return _imagenet(profile)
     arrays = {"digits": _digits, "cifar10": _cifar10}[profile.dataset]()
     (train_images, train_labels, train_hashes) = _sorted_by_content(*arrays["train"])
     (test_images, test_labels, test_hashes) = _sorted_by_content(*arrays["test"])
@@ -103,14 +109,69 @@ def load_dataset(profile: Profile) -> ImageData:
         calibration=train[: profile.calibration_images],
         test=Split(test_images, test_labels, mean, std),
         digest=digest,
+        classes=int(train_labels.max()) + 1,
     )
+
+
+def preprocess_imagenet(image: Image.Image) -> torch.Tensor:
+    """Return what torchvision's ImageNet networks see of an image: shorter side to 256, the middle 224 x 224.
+
+    Returns:
+        uint8 tensor of shape (3, 224, 224).
+    """
+    from torchvision.transforms import v2
+
+    whole = v2.functional.resize(image.convert("RGB"), [256], antialias=True)
+    return v2.functional.pil_to_tensor(v2.functional.center_crop(whole, [224, 224]))
+
+
+def _imagenet(profile: Profile) -> ImageData:
+    """Return the reader's ImageNet, preprocessed: validation images, and calibration images of the training set."""
+    root = pathlib.Path(os.environ.get("EMQ_DATA_ROOT", "")) / "imagenet"
+    if not os.environ.get("EMQ_DATA_ROOT") or not root.is_dir():
+        raise DatasetNotFoundError(
+            f"{profile.name!r} needs your own copy of ImageNet: set EMQ_DATA_ROOT to a folder that holds "
+            "imagenet/train/<class>/ and imagenet/val/<class>/."
+        )
+    calibration, test = (_open_folder(root / part) for part in ("train", "val"))
+    if calibration.classes != test.classes:
+        odd = sorted(set(calibration.classes) ^ set(test.classes))
+        raise DatasetMismatchError(f"{root}: train/ and val/ differ in the class folders {odd[:5]}. Complete the tree.")
+    if len(calibration.samples) < profile.calibration_images:
+        raise DatasetNotFoundError(
+            f"{root / 'train'} has {len(calibration.samples)} images; calibration needs {profile.calibration_images}."
+        )
+    drawn = profile.rng("calibration images").permutation(len(calibration.samples))[: profile.calibration_images]
+    parts = []
+    for folder, chosen in ((calibration, np.sort(drawn)), (test, range(len(test.samples)))):
+        paths, labels = zip(*(folder.samples[index] for index in chosen), strict=True)
+        images = np.stack([preprocess_imagenet(folder.loader(path)).permute(1, 2, 0).numpy() for path in paths])
+        parts.append(_sorted_by_content(images, np.array(labels)))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    train, test = (Split(images, labels, mean, std) for images, labels, _ in parts)
+    digest = hashlib.sha256(b"".join(parts[0][2] + parts[1][2])).hexdigest()
+    return ImageData(train, train[:0], train, test, digest, len(calibration.classes))
+
+
+def _open_folder(folder: pathlib.Path) -> ImageFolder:
+    """Return torchvision's view of an ImageFolder tree.
+
+    Raises:
+        DatasetNotFoundError: there is no such folder, or a class without images.
+    """
+    from torchvision.datasets import ImageFolder
+
+    try:
+        return ImageFolder(str(folder))
+    except FileNotFoundError as error:
+        raise DatasetNotFoundError(f"{folder}: {error}") from error
 
 
 def _sorted_by_content(images: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, list[bytes]]:
     """Sort images (N, H, W, C) and labels by a hash of pixels and label; return tensors (N, C, H, W), (N,), hashes."""
     labels = np.asarray(labels, dtype=np.int64)
     hashes = [
-        hashlib.blake2b(image.tobytes() + bytes([label]), digest_size=16).digest()
+        hashlib.blake2b(image.tobytes() + int(label).to_bytes(2 if label > 255 else 1), digest_size=16).digest()
         for image, label in zip(np.ascontiguousarray(images), labels, strict=True)
     ]
     order = sorted(range(len(hashes)), key=hashes.__getitem__)
@@ -160,12 +221,7 @@ def _torchvision_batches(root: pathlib.Path, split: str) -> tuple[np.ndarray, np
 
 def _image_folder(folder: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     """Return images and labels of an ImageFolder tree whose folders are the ten class names."""
-    from torchvision.datasets import ImageFolder
-
-    try:
-        dataset = ImageFolder(str(folder))
-    except FileNotFoundError as error:
-        raise DatasetNotFoundError(f"{folder}: {error}") from error
+    dataset = _open_folder(folder)
     if tuple(dataset.classes) != _CIFAR10_CLASSES:
         raise DatasetMismatchError(f"{folder}: expected the class folders {_CIFAR10_CLASSES}, got {dataset.classes}.")
     images = np.stack([np.asarray(dataset.loader(path)) for path, _ in dataset.samples])

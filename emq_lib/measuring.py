@@ -28,7 +28,8 @@ from emq_lib import quantizers, reconstruction
 from emq_lib.artefacts import atomic_path, checked_path, named_when_full, sha256, study_folder, to_json
 from emq_lib.costs import choice_indices
 from emq_lib.datasets import ImageData, Split
-from emq_lib.models import build_model, fold_batchnorm, layer_table, load_checkpoint, segments
+from emq_lib.errors import DatasetMismatchError
+from emq_lib.models import build_model, fold_batchnorm, layer_table, load_checkpoint
 from emq_lib.profiles import Profile
 from emq_lib.quantizers import QuantizedNetwork
 
@@ -91,7 +92,7 @@ def _blocks(network: QuantizedNetwork, configs: np.ndarray) -> list[list[tuple[i
 def _measure_block(
     network: QuantizedNetwork, split: Split, block: Sequence[tuple[int, ...]], batch_size: int
 ) -> list[Measurement]:
-    pieces = segments(network.model, list(network.activation_ranges))
+    pieces = network.pieces
     slot_of = dict(zip(network.bank.searchable, network.bank.slots, strict=True))
     depth = [max((slot_of[name] for name in names if name in slot_of), default=-1) + 1 for _, names in pieces]
     depth = np.maximum.accumulate(depth)  # bits that the output of each piece depends on
@@ -122,9 +123,19 @@ def _shared_pieces(previous: tuple[int, ...], config: tuple[int, ...], depth: np
 
 
 def load_network(profile: Profile, data: ImageData) -> tuple[QuantizedNetwork, pd.DataFrame]:
-    """Return the study's quantized network and its layer table, from the checkpoint in the study's folder."""
+    """Return the study's quantized network and its layer table, from the checkpoint in the study's folder.
+
+    Raises:
+        DatasetMismatchError: the images have another number of classes than the network.
+        UnsupportedModelError: a layer sees NaN or infinity, or cannot be quantized.
+    """
     model = fold_batchnorm(load_checkpoint(profile, checked_path(profile, "model.safetensors")))
     layers = layer_table(model, profile)
+    if data.classes != layers["channels"].iloc[-1]:
+        raise DatasetMismatchError(
+            f"The images have {data.classes} classes, but the checkpoint of {profile.name!r} tells "
+            f"{layers['channels'].iloc[-1]} apart. Check the class folders."
+        )
     if profile.quantizer == "adaround":
         bank = reconstruction.build_adaround_bank(model, layers, profile.choices, data.calibration)
     else:
@@ -249,8 +260,9 @@ def code_version(quantizer: str) -> str:
     Comments and docstrings do not count, nor does the engine around that code: how work is shared and which
     instructions multiply changes no number, which the tests check.
     """
-    decisive = [fold_batchnorm, quantizers.choose_qparams, quantizers.QuantizedWeight, quantizers.quantize]
-    decisive += [quantizers.choose_activation_ranges, quantizers.ActivationRange, quantizers.QuantizedLayer.forward]
+    decisive = [fold_batchnorm, quantizers.choose_qparams, quantizers._affine, quantizers._round_trip]
+    decisive += [quantizers.QuantizedWeight, quantizers.quantize, quantizers.choose_activation_ranges]
+    decisive += [quantizers.ActivationRange, quantizers.QuantizedLayer.forward]
     digest = hashlib.blake2b(digest_size=8)
     for part in (*decisive, *([reconstruction] if quantizer == "adaround" else [])):
         tree = ast.parse(textwrap.dedent(inspect.getsource(part)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -10,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx.experimental.optimization import fuse
-from torch.fx.passes.split_module import split_module
 
 from emq_lib.datasets import Split
 from emq_lib.errors import CorruptArtefactError, InvalidParameterError, UnsupportedModelError
@@ -70,6 +70,46 @@ class CifarResNet(nn.Module):
         return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
 
 
+class _TransformerBlock(nn.Module):
+    """Self-attention and a perceptron, each behind a layer norm and beside a shortcut."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.projection = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.heads = heads
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        qkv = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
+        x = x + self.projection(attended.transpose(1, 2).flatten(2))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class VisionTransformer(nn.Module):
+    """A small vision transformer (Dosovitskiy et al. 2021) for 32 x 32 images: learned positions, mean of the tokens.
+
+    Args:
+        depth: number of blocks.
+        width: size of a token.
+        heads: attention heads per block.
+        patch: side of a patch in pixels.
+    """
+
+    def __init__(self, *, depth: int = 6, width: int = 128, heads: int = 4, patch: int = 4) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, patch, patch)
+        self.positions = nn.Parameter(0.02 * torch.randn(1, (32 // patch) ** 2, width))
+        self.blocks = nn.Sequential(*(_TransformerBlock(width, heads) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits (N, 10) of inputs (N, 3, 32, 32)."""
+        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.positions
+        return self.head(self.norm(self.blocks(tokens)).mean(dim=1))
+
+
 def resnet18_half() -> nn.Module:
     """Return torchvision's ResNet-18 at half width for 32 x 32 images: a 3x3 stem of stride 1, no max pooling."""
     from torchvision.models import resnet
@@ -105,13 +145,38 @@ def mobilenetv2_half() -> nn.Module:
     return model
 
 
+def _imagenet_model(name: str) -> nn.Module:
+    from torchvision.models import get_model
+
+    return get_model(name)
+
+
+def load_pretrained(profile: Profile) -> nn.Module:
+    """Return an ImageNet profile's network with torchvision's first published weights, which torchvision downloads."""
+    from torchvision.models import get_model_weights
+
+    model = build_model(profile)
+    weights = get_model_weights(profile.model.removeprefix("imagenet-"))["IMAGENET1K_V1"]
+    model.load_state_dict(weights.get_state_dict(progress=True, check_hash=True, weights_only=True))
+    return model.eval()
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "resnet8": lambda: CifarResNet(8, in_channels=1, width=8),
     "resnet20": lambda: CifarResNet(20),
     "resnet18-half": resnet18_half,
     "mobilenetv2-half": mobilenetv2_half,
+    "vit-tiny": VisionTransformer,
+    **{
+        f"imagenet-{name}": functools.partial(_imagenet_model, name)
+        for name in ("resnet18", "resnet50", "mobilenet_v2")
+    },
 }
-INPUT_SHAPES: dict[str, tuple[int, int, int]] = {"digits": (1, 16, 16), "cifar10": (3, 32, 32)}
+INPUT_SHAPES: dict[str, tuple[int, int, int]] = {
+    "digits": (1, 16, 16),
+    "cifar10": (3, 32, 32),
+    "imagenet": (3, 224, 224),
+}
 
 
 def build_model(profile: Profile) -> nn.Module:
@@ -227,7 +292,7 @@ def layer_table(model: nn.Module, profile: Profile) -> pd.DataFrame:
 
 
 def segments(model: torch.fx.GraphModule, layers: Sequence[str]) -> list[tuple[nn.Module, tuple[str, ...]]]:
-    """Cut a traced network into the shortest consecutive pieces that hold a layer and pass on a single tensor.
+    """Cut a traced network into the shortest consecutive pieces that begin with a layer and pass on a single tensor.
 
     Args:
         model: traced network.
@@ -245,15 +310,30 @@ def segments(model: torch.fx.GraphModule, layers: Sequence[str]) -> list[tuple[n
         if node.op == "call_module" and node.target in layers:
             held[part].append(node.target)
         alive = [other for other in range(index + 1) if last_use[other] > index]
-        if alive == [index] and held[part] and nodes[index + 1].op != "output":
+        following = nodes[min(index + 1, len(nodes) - 1)]
+        goes_on = following.op == "get_attr" or (last_use[index] == index + 1 and following.target not in layers)
+        if alive == [index] and held[part] and following.op != "output" and not goes_on:
             part += 1
             held.append([])
     if not held[-1]:
-        tail = held.pop()
+        held.pop()
         parts = {node: min(number, len(held) - 1) for node, number in parts.items()}
-        held[-1] += tail
-    pieces = split_module(model, model, parts.__getitem__)
-    return [(getattr(pieces, f"submod_{number}"), tuple(names)) for number, names in enumerate(held)]
+    pieces = [[node for node in nodes if parts[node] == number] for number in range(len(held))]
+    return [(_piece(model, part), tuple(names)) for part, names in zip(pieces, held, strict=True)]
+
+
+def _piece(model: torch.fx.GraphModule, nodes: Sequence[torch.fx.Node]) -> torch.fx.GraphModule:
+    """Return consecutive nodes of a traced network as a module of the one tensor that they take from before."""
+    graph, copies = torch.fx.Graph(), {}
+
+    def copy_of(node: torch.fx.Node) -> torch.fx.Node:
+        return copies[node] if node in copies else copies.setdefault(node, graph.placeholder("x"))
+
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copy_of)
+    if nodes[-1].op != "output":
+        graph.output(copies[nodes[-1]])
+    return torch.fx.GraphModule(model, graph)
 
 
 @torch.inference_mode()

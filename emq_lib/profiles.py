@@ -45,9 +45,9 @@ class Profile:
 
     Args:
         name: key in the registry and folder under ``data/``.
-        dataset: ``"digits"`` or ``"cifar10"`` (see :mod:`emq_lib.datasets`).
+        dataset: ``"digits"``, ``"cifar10"`` or ``"imagenet"`` (see :mod:`emq_lib.datasets`).
         model: name of the network (see :mod:`emq_lib.models`).
-        training: recipe of the float checkpoint.
+        training: recipe of the float checkpoint; None: published weights.
         choices: bit widths that a searchable layer may take.
         pinned: (layer name, bits) of the layers outside the search.
         tied: (layer name, layer that it takes its bits from), e.g. a shortcut's convolution.
@@ -66,7 +66,7 @@ class Profile:
     name: str
     dataset: str
     model: str
-    training: TrainingRecipe
+    training: TrainingRecipe | None
     choices: tuple[int, ...] = (2, 3, 4)
     pinned: tuple[tuple[str, int], ...] = (("conv1", 8), ("fc", 8))
     tied: tuple[tuple[str, str], ...] = ()
@@ -179,3 +179,27 @@ register(
         bench_images=2_000,
     )
 )
+register(
+    Profile(
+        name="cifar10-vit-tiny",
+        dataset="cifar10",
+        model="vit-tiny",
+        training=TrainingRecipe(epochs=40, max_lr=0.05, weight_decay=1e-4),
+        pinned=(("patches", 8), ("head", 8)),
+        bench_images=2_000,
+    )
+)
+for _name, _first, _last in (
+    ("resnet18", "conv1", "fc"),
+    ("resnet50", "conv1", "fc"),
+    ("mobilenet_v2", "features.0.0", "classifier.1"),
+):
+    register(
+        Profile(
+            name=f"imagenet-{_name.replace('_', '')}",
+            dataset="imagenet",
+            model=f"imagenet-{_name}",
+            training=None,
+            pinned=((_first, 8), (_last, 8)),
+        )
+    )

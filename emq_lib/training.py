@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from emq_lib.artefacts import atomic_path, record, study_folder, to_json
 from emq_lib.datasets import ImageData, Split
 from emq_lib.errors import CorruptArtefactError
-from emq_lib.models import build_model, predict, top1
+from emq_lib.models import build_model, load_pretrained, predict, top1
 from emq_lib.profiles import Profile, TrainingRecipe
 
 
@@ -147,13 +147,18 @@ def augment(split: Split, *, padding: int, flip: bool, generator: torch.Generato
 
 
 def build_checkpoint(profile: Profile, data: ImageData) -> None:
-    """Train the profile's network, measure it once on the test images, and write ``model.safetensors``.
+    """Train the profile's network (or fetch its published weights), measure it once, and write ``model.safetensors``.
 
     Interrupted at any moment, the same call goes on from the last finished epoch. Metadata in the file: the epoch, the
     validation accuracy of every epoch, and the test accuracy.
     """
     folder = study_folder(profile)
-    result = train(profile, data, resume=folder / "training.resume")
+    if profile.training is None:
+        result = TrainingResult(load_pretrained(profile), 0, (), 0.0)
+        note = "torchvision's published weights"
+    else:
+        result = train(profile, data, resume=folder / "training.resume")
+        note = f"one-cycle schedule of {profile.training.epochs} epochs, the best on the validation images kept"
     facts = {
         "epoch": result.epoch,
         "validation_top1": result.validation_top1,
@@ -171,5 +176,5 @@ def build_checkpoint(profile: Profile, data: ImageData) -> None:
         "model.safetensors",
         command=f"emq_lib.training.build_checkpoint on {profile.name}",
         seconds=result.seconds,
-        note=f"one-cycle schedule of {profile.training.epochs} epochs, the best on the validation images kept",
+        note=note,
     )

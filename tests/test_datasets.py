@@ -1,11 +1,15 @@
 """Images: canonical order, disjoint splits, named errors where they are missing or wrong."""
 
+import dataclasses
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.models import ResNet18_Weights, resnet18
 
-from emq_lib import datasets
+from emq_lib import bench, datasets, measuring, models, training
 from emq_lib.errors import DatasetMismatchError, DatasetNotFoundError
 from emq_lib.profiles import get_profile
 
@@ -92,3 +96,67 @@ def test_cifar10_is_cut_as_the_protocol_says(cifar10):
     ]
     assert torch.bincount(data.test.labels).tolist() == [1_000] * 10
     np.testing.assert_allclose(data.train.mean, [0.4914, 0.4822, 0.4465], atol=2e-3)
+
+
+@pytest.mark.parametrize("shape", [(300, 400), (700, 231)])
+def test_imagenet_is_seen_as_torchvisions_networks_see_it(shape):
+    """The truth is the preset that ships with the published weights."""
+    rows, columns = np.mgrid[: shape[0], : shape[1]]
+    pixels = np.stack([rows % 256, columns % 256, (rows * columns) % 256], axis=2).astype(np.uint8)
+    image = Image.fromarray(pixels)
+    truth = ResNet18_Weights.IMAGENET1K_V1.transforms()(image)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    split = datasets.Split(datasets.preprocess_imagenet(image)[None], torch.zeros(1, dtype=torch.int64), mean, std)
+    torch.testing.assert_close(split.inputs()[0], truth, rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def tiny_imagenet(tmp_path, monkeypatch):
+    """Three classes of made-up images where a reader's ImageNet would be, and a network for three classes."""
+    generator = np.random.default_rng(7)
+    for part, count in (("train", 4), ("val", 2)):
+        for name in ("n01", "n02", "n03"):
+            folder = tmp_path / "images" / "imagenet" / part / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = generator.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    monkeypatch.setenv("EMQ_DATA_ROOT", str(tmp_path / "images"))
+    monkeypatch.setenv("EMQ_STUDY_ROOT", str(tmp_path / "studies"))
+    monkeypatch.setitem(models.MODELS, "imagenet-resnet18", lambda: resnet18(num_classes=3))
+    monkeypatch.setattr(training, "load_pretrained", lambda profile: models.build_model(profile).eval())
+    profile = get_profile("imagenet-resnet18")
+    return dataclasses.replace(profile, calibration_images=8, bench_configs=2, stratified_configs=1)
+
+
+def test_a_tree_of_imagenets_form_gives_a_bench(tiny_imagenet, monkeypatch):
+    data = datasets.load_dataset(tiny_imagenet)
+    assert [len(data.calibration), len(data.test), data.classes] == [8, 6, 3]
+    training.build_checkpoint(tiny_imagenet, data)
+    monkeypatch.setattr(bench, "one_off_configs", lambda slots, choices: np.full((1, slots), 3, dtype=np.int8))
+    bench.build_bench(tiny_imagenet, data)
+    table = bench.Bench.load(tiny_imagenet).table
+    assert len(table) == 6
+    assert table["n_a"].eq(3).all()
+    assert table["bits"].map(len).eq(19).all()
+
+
+def test_a_broken_imagenet_tree_is_named(tiny_imagenet, tmp_path):
+    root = tmp_path / "images" / "imagenet"
+    with pytest.raises(DatasetNotFoundError, match="has 12 images; calibration needs 20"):
+        datasets.load_dataset(dataclasses.replace(tiny_imagenet, calibration_images=20))
+    two = models.layer_table(models.build_model(tiny_imagenet), tiny_imagenet)["channels"].iloc[-1] - 1
+    data = datasets.load_dataset(tiny_imagenet)
+    training.build_checkpoint(tiny_imagenet, data)
+    with pytest.raises(DatasetMismatchError, match="2 classes, but the checkpoint .* tells 3 apart"):
+        measuring.load_network(tiny_imagenet, dataclasses.replace(data, classes=int(two)))
+    (root / "val" / "n04").mkdir()
+    with pytest.raises(DatasetNotFoundError, match="n04"):
+        datasets.load_dataset(tiny_imagenet)
+    shutil.rmtree(root / "val" / "n04")
+    shutil.rmtree(root / "val" / "n02")
+    with pytest.raises(DatasetMismatchError, match=r"class folders \['n02'\]"):
+        datasets.load_dataset(tiny_imagenet)
+    shutil.rmtree(root)
+    with pytest.raises(DatasetNotFoundError, match="your own copy of ImageNet"):
+        datasets.load_dataset(tiny_imagenet)

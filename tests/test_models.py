@@ -2,13 +2,15 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from emq_lib import models
+from emq_lib import measuring, models, quantizers
+from emq_lib.datasets import Split
 from emq_lib.errors import CorruptArtefactError, InvalidParameterError, UnsupportedModelError
 from emq_lib.profiles import get_profile
 
@@ -55,6 +57,72 @@ def test_pieces_in_a_row_are_the_network(resnet20):
     for piece, _ in pieces:
         y = piece(y)
     assert torch.equal(y, folded(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "slots", "weights"),
+    [
+        ("cifar10-resnet20", 20, 18, 269_722),
+        ("cifar10-resnet18", 21, 18, 2_797_610),
+        ("cifar10-mobilenetv2", 53, 51, 700_490),
+        ("cifar10-vit-tiny", 26, 24, 810_890),
+    ],
+)
+def test_every_profile_is_quantized_like_the_plain_loop(name, layers, slots, weights):
+    """Random weights and images; the truth rounds weights and inputs of the float network in place."""
+    profile = get_profile(name)
+    model = models.build_model(profile).eval()
+    assert sum(p.numel() for p in model.parameters()) == weights
+    _spread_batchnorms(model)
+    folded = models.fold_batchnorm(model)
+    table = models.layer_table(folded, profile)
+    assert len(table) == layers
+    assert table["slot"].max() + 1 == slots
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    split = Split(images, torch.randint(10, (24,), generator=generator), torch.full((3,), 0.5), torch.full((3,), 0.25))
+    bank = quantizers.build_weight_bank(folded, table, profile.choices)
+    ranges = quantizers.choose_activation_ranges(folded, table, split, bits=8)
+    network = quantizers.QuantizedNetwork(models.fold_batchnorm(model), bank, ranges)
+    config = np.random.default_rng(4).choice(profile.choices, size=slots)
+    for layer, bits in bank.widths(config).items():
+        module = folded.get_submodule(layer)
+        module.weight.data = quantizers.fake_quantize(module.weight.data, bits)
+        module.register_forward_pre_hook(lambda _, x, r=ranges[layer]: (r.fake_quantize(x[0]),))
+    truth = models.predict(folded, split)
+    whole = models.predict(network.select(config), split)
+    assert (whole - truth).abs().mean() < 0.02 * truth.std()  # rounding ties fall either way
+    (measured,) = measuring.measure(network, split, config[None], batch_size=24)
+    np.testing.assert_array_equal(measured[0].correct, (whole.argmax(dim=1) == split.labels).numpy())
+
+
+def _spread_batchnorms(model):
+    """Give batch norms running statistics, scales and shifts that folding can get wrong."""
+    generator = torch.Generator().manual_seed(5)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low in ((module.running_var, 0.5), (module.weight.data, 0.5), (module.running_mean, -0.3)):
+                tensor.copy_(low + torch.rand(tensor.shape, generator=generator))
+
+
+def test_tied_layers_follow_their_blocks_second_convolution():
+    profile = get_profile("cifar10-resnet18")
+    table = models.layer_table(models.fold_batchnorm(models.build_model(profile)), profile).set_index("name")
+    paper = ["conv1"] + [f"layer{s}.{b}.conv{c}" for s in (1, 2, 3, 4) for b in (0, 1) for c in (1, 2)] + ["fc"]
+    assert [table.loc[name, "slot"] for name in paper] == list(range(18))
+    assert [table.loc[f"layer{s}.0.downsample.0", "slot"] for s in (2, 3, 4)] == [6, 10, 14]
+
+
+def test_a_tie_to_a_pinned_layer_is_refused(resnet20):
+    with pytest.raises(UnsupportedModelError, match=r"ties layers to \['conv1'\]"):
+        models.layer_table(resnet20, dataclasses.replace(RESNET20, tied=(("layer1.0.conv1", "conv1"),)))
+
+
+def test_two_layers_with_one_weight_are_named(resnet20):
+    model = models.build_model(RESNET20)
+    model.layer1[1].conv1.weight = model.layer1[0].conv1.weight
+    with pytest.raises(UnsupportedModelError, match=r"'layer1\.0\.conv1', 'layer1\.1\.conv1'\] share one weight"):
+        models.layer_table(model, RESNET20)
 
 
 def test_same_seed_same_weights():

@@ -1,0 +1,145 @@
+"""Configurations per second: the bank and the shared prefixes of `emq_lib.measuring` against the plain way.
+
+The plain way is what the released code does: for every configuration, search the range of every layer's weight, round
+it, and run the network with its batch norms in place. Both see the same images in the same process, and their answers
+are compared.
+
+    python benchmarks/engine.py --profile cifar10-resnet20
+
+writes ``benchmarks/engine.json``, one entry per profile and processor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+
+from emq_lib import bench, measuring, quantizers
+from emq_lib.artefacts import checked_path
+from emq_lib.datasets import Split, load_dataset
+from emq_lib.models import fold_batchnorm, layer_table, load_checkpoint, predict
+from emq_lib.profiles import get_profile
+
+RESULTS = pathlib.Path(__file__).with_suffix(".json")
+
+
+def plain(profile, ranges: dict, split: Split, layers, configs: np.ndarray) -> np.ndarray:
+    """Return the predicted classes (N, images), every configuration quantized and run from the start."""
+    predicted = np.empty((len(configs), len(split)), dtype=np.int64)
+    for row, config in enumerate(configs):
+        model = load_checkpoint(profile, checked_path(profile, "model.safetensors"))
+        for layer in layers.itertuples():
+            bits = int(config[layer.slot]) if layer.searchable else layer.pinned_bits
+            module = model.get_submodule(layer.name)
+            module.weight.data = quantizers.fake_quantize(module.weight.data, bits)
+            module.register_forward_pre_hook(_torchs_fake_quantize(ranges[layer.name]))
+        predicted[row] = predict(model, split).argmax(dim=1).numpy()
+    return predicted
+
+
+def _torchs_fake_quantize(activation_range: quantizers.ActivationRange) -> Callable:
+    scale, zero, top = activation_range.scale, activation_range.zero_point, 2**activation_range.bits - 1
+
+    def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        return (torch.fake_quantize_per_tensor_affine(inputs[0], scale, zero, 0, top),)
+
+    return hook
+
+
+def engine(profile, data, split: Split, configs: np.ndarray) -> np.ndarray:
+    """Return whether each image is classified correctly (N, images), bank and ranges built first."""
+    network, _ = measuring.load_network(profile, data)
+    found = {item.config: item.correct for block in measuring.measure(network, split, configs) for item in block}
+    return np.stack([found[tuple(map(int, config))] for config in configs])
+
+
+def timed(function: Callable, *arguments: object) -> tuple[float, np.ndarray]:
+    """Return wall seconds and the result."""
+    started = time.perf_counter()
+    result = function(*arguments)
+    return time.perf_counter() - started, result
+
+
+def run(name: str, *, images: int, configs: int, growth: tuple[int, ...], repeats: int) -> dict:
+    """Check that both ways agree, time them in turn, and return what was measured."""
+    profile = get_profile(name)
+    data = load_dataset(profile)
+    split = data.test[:images]
+    model = fold_batchnorm(load_checkpoint(profile, checked_path(profile, "model.safetensors")))
+    layers = layer_table(model, profile)
+    ranges = quantizers.choose_activation_ranges(model, layers, data.calibration, bits=profile.activation_bits)
+    slots = layers["slot"].max() + 1
+    drawn = bench.sample_configs(slots, profile.choices, max(configs, *growth), rng=profile.rng("benchmark"))
+    drawn = drawn[len(profile.choices) :]  # random ones only
+    few, labels = drawn[:configs], split.labels.numpy()
+    seconds: dict[str, list[float]] = {"plain": [], "engine": []}
+    for _ in range(repeats):
+        spent, predicted = timed(plain, profile, ranges, split, layers, few)
+        seconds["plain"].append(spent)
+        spent, correct = timed(engine, profile, data, split, few)
+        seconds["engine"].append(spent)
+        differ = int(((predicted == labels) != correct).sum())
+        if differ > 1e-3 * correct.size:
+            raise SystemExit(f"The two ways disagree on {differ} of {correct.size} answers: nothing was timed.")
+    medians = {way: statistics.median(values) for way, values in seconds.items()}
+    grown = {count: timed(engine, profile, data, split, drawn[:count])[0] for count in growth}
+    return {
+        "images": len(split),
+        "configurations": configs,
+        "answers that differ": differ,
+        "answers": int(correct.size),
+        "configurations per second": {way: configs / value for way, value in medians.items()},
+        "ratio": medians["plain"] / medians["engine"],
+        "seconds of each repeat": seconds,
+        "engine seconds by configurations": grown,
+        "MACs per image": int(layers["macs"].sum()),
+        "peak memory in MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
+    }
+
+
+def hardware() -> dict[str, object]:
+    """Describe the machine."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def main() -> None:
+    """Run the benchmark and enter it into the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", default="digits-resnet8")
+    parser.add_argument("--images", type=int, default=1_000)
+    parser.add_argument("--configs", type=int, default=32)
+    parser.add_argument("--growth", type=int, nargs="*", default=(10, 100, 1_000))
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    growth = tuple(options.growth)
+    found = run(options.profile, images=options.images, configs=options.configs, growth=growth, repeats=options.repeats)
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results[options.profile] = found | {"hardware": hardware()}
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    rates = found["configurations per second"]
+    print(f"{options.profile}: {found['ratio']:.1f} x ({rates['engine']:.3f} against {rates['plain']:.3f} per second)")
+    print(f"{found['answers that differ']} of {found['answers']} answers differ")
+
+
+if __name__ == "__main__":
+    main()
