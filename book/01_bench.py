@@ -34,13 +34,11 @@ PROFILE = "cifar10-resnet20"  # study to show
 REBUILD = False  # True: compute the study here
 
 # %% tags=["hide-input"]
-import json
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from emq_lib import bench, measuring, quantizers, training
-from emq_lib.artefacts import checked_path, read_manifest
+from emq_lib.artefacts import read_facts, read_manifest
 from emq_lib.datasets import load_dataset
 from emq_lib.models import fold_batchnorm, layer_table, predict, top1
 from emq_lib.profiles import get_profile
@@ -53,7 +51,6 @@ from emq_lib.report import (
     show_table,
     start_chapter,
 )
-from safetensors import safe_open
 
 chapter = start_chapter("01_bench", PROFILE, REBUILD)
 
@@ -234,10 +231,7 @@ chapter.claim(
 # the architecture can reach.
 
 # %%
-with safe_open(
-    str(checked_path(chapter.profile, "model.safetensors")), "pt"
-) as file:
-    card = {key: json.loads(value) for key, value in file.metadata().items()}
+card = read_facts(chapter.profile, "model.safetensors")
 chapter.claim(
     "float_top1",
     "The float network has {:.2f} % top-1.",

@@ -32,7 +32,6 @@ REBUILD = False  # nothing to compute here
 
 # %% tags=["hide-input"]
 import dataclasses
-import json
 import pathlib
 import tempfile
 
@@ -41,14 +40,13 @@ import numpy as np
 import pandas as pd
 import torch
 from emq_lib import export, quantization, quantizers
-from emq_lib.artefacts import checked_path
+from emq_lib.artefacts import checked_path, read_facts
 from emq_lib.bench import load_layers, parse_bits
 from emq_lib.datasets import load_dataset
 from emq_lib.measuring import load_network
 from emq_lib.models import fold_batchnorm, load_checkpoint, predict, top1
 from emq_lib.profiles import get_profile
 from emq_lib.report import plot_dots, show_source, show_table, start_chapter
-from safetensors import safe_open
 from scipy.stats import binomtest
 
 chapter = start_chapter("05_quantization", PROFILE, REBUILD)
@@ -174,10 +172,7 @@ show_source(export.save_packed)
 # random ones of the same size.
 
 # %%
-with safe_open(
-    str(checked_path(chapter.profile, "model.safetensors")), "pt"
-) as file:
-    float_top1 = json.loads(file.metadata()["top1"])
+float_top1 = read_facts(chapter.profile, "model.safetensors")["top1"]
 chapter.claim(
     "float_accuracy",
     "The float network has {:.2f} %.",

@@ -11,11 +11,13 @@ import os
 import pathlib
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from emq_lib.errors import CorruptArtefactError, DiskFullError, MissingArtefactError, StudyBusyError
 from emq_lib.profiles import Profile
@@ -149,6 +151,30 @@ def checked_path(profile: Profile, filename: str) -> pathlib.Path:
             f"{path} does not match the SHA-256 in manifest.json: truncated or altered. {remedy}"
         )
     return path
+
+
+def save_tensors(
+    profile: Profile, filename: str, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, object]
+) -> None:
+    """Write tensors, and facts about them, as one safetensors file of the study; same content, same bytes.
+
+    The facts are one text, because the format stores several texts in any order.
+    """
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with atomic_path(study_folder(profile) / filename) as path:
+        save_file(
+            contiguous, str(path), metadata={"facts": to_json(facts)}
+        )  # several keys would be stored in any order
+
+
+def read_facts(profile: Profile, filename: str) -> dict:
+    """Return the facts that a safetensors file of the study carries.
+
+    Raises:
+        MissingArtefactError, CorruptArtefactError: see :func:`checked_path`.
+    """
+    with safe_open(str(checked_path(profile, filename)), "pt") as file:
+        return json.loads(file.metadata()["facts"])
 
 
 def to_json(value: object) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,12 +17,11 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.func import functional_call
 
-from emq_lib.artefacts import atomic_path, checked_path, record, sha256, study_folder, to_json
+from emq_lib.artefacts import checked_path, read_facts, record, save_tensors, sha256, study_folder
 from emq_lib.datasets import Split
 from emq_lib.errors import CorruptArtefactError
 from emq_lib.models import INPUT_SHAPES, fold_batchnorm, layer_table, load_checkpoint, segments
@@ -321,10 +319,8 @@ def build_statistics(profile: Profile, calibration: Split) -> None:
     """Measure the statistics and write ``statistics.safetensors``."""
     stored = measure_statistics(profile, calibration)
     seconds = stored.pop("seconds")
-    folder = study_folder(profile)
-    metadata = {"seconds": to_json(seconds), "checkpoint": sha256(folder / "model.safetensors")}
-    with atomic_path(folder / "statistics.safetensors") as path:
-        save_file({key: tensor.contiguous() for key, tensor in stored.items()}, str(path), metadata=metadata)
+    facts = {"seconds": seconds, "checkpoint": sha256(study_folder(profile) / "model.safetensors")}
+    save_tensors(profile, "statistics.safetensors", stored, facts)
     command = f"emq_lib.layer_statistics.build_statistics on {profile.name}"
     record(profile, "statistics.safetensors", command=command, seconds=sum(seconds.values()))
 
@@ -340,10 +336,8 @@ def load_statistics(profile: Profile) -> LayerStatistics:
     model, layers = _load_folded(profile)
     searchable = layers[layers["searchable"]]
     names = tuple(searchable["name"])
-    with safe_open(str(path), "pt") as file:
-        metadata = file.metadata()
-        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
-    if metadata["checkpoint"] != sha256(checkpoint):
+    stored, facts = load_file(str(path)), read_facts(profile, "statistics.safetensors")
+    if facts["checkpoint"] != sha256(checkpoint):
         raise CorruptArtefactError(f"{path} was measured on another checkpoint. Build it again with REBUILD=True.")
     quantized = _quantized_weights(model, names, profile.choices)
     weights = tuple(_weight(model, name).flatten(1) for name in names)
@@ -361,7 +355,7 @@ def load_statistics(profile: Profile) -> LayerStatistics:
         gradients=tuple(stored[f"gradients/{name}"] for name in names),
         curvature=tuple(stored[f"curvature/{name}"] for name in names),
         **{key: stored[key].numpy() for key in ("trace", "trace_error", "synflow", "output_error", "kl")},
-        seconds=json.loads(metadata["seconds"]),
+        seconds=facts["seconds"],
     )
 
 

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from emq_lib.artefacts import atomic_path, record, study_folder, to_json
+from emq_lib.artefacts import atomic_path, record, save_tensors, study_folder
 from emq_lib.datasets import ImageData, Split
 from emq_lib.errors import CorruptArtefactError
 from emq_lib.models import build_model, load_pretrained, predict, top1
@@ -149,15 +148,14 @@ def augment(split: Split, *, padding: int, flip: bool, generator: torch.Generato
 def build_checkpoint(profile: Profile, data: ImageData) -> None:
     """Train the profile's network (or fetch its published weights), measure it once, and write ``model.safetensors``.
 
-    Interrupted at any moment, the same call goes on from the last finished epoch. Metadata in the file: the epoch, the
+    Interrupted at any moment, the same call goes on from the last finished epoch. Facts in the file: the epoch, the
     validation accuracy of every epoch, and the test accuracy.
     """
-    folder = study_folder(profile)
     if profile.training is None:
         result = TrainingResult(load_pretrained(profile), 0, (), 0.0)
         note = "torchvision's published weights"
     else:
-        result = train(profile, data, resume=folder / "training.resume")
+        result = train(profile, data, resume=study_folder(profile) / "training.resume")
         note = f"one-cycle schedule of {profile.training.epochs} epochs, the best on the validation images kept"
     facts = {
         "epoch": result.epoch,
@@ -165,12 +163,7 @@ def build_checkpoint(profile: Profile, data: ImageData) -> None:
         "top1": top1(predict(result.model, data.test), data.test.labels),
         "images": data.digest,
     }
-    with atomic_path(folder / "model.safetensors") as path:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in result.model.state_dict().items()},
-            str(path),
-            metadata={name: to_json(value) for name, value in facts.items()},
-        )
+    save_tensors(profile, "model.safetensors", result.model.state_dict(), facts)
     record(
         profile,
         "model.safetensors",

@@ -1,16 +1,14 @@
 """Statistics against brute force: one image at a time, a dense Hessian, plain forward passes."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.func import functional_call, hessian
 
 from emq_lib import layer_statistics as ls
-from emq_lib.artefacts import record
+from emq_lib.artefacts import record, save_tensors
 from emq_lib.errors import CorruptArtefactError
 from emq_lib.quantizers import fake_quantize
 
@@ -120,7 +118,7 @@ def test_loaded_errors_are_those_of_the_quantizer(study, profile, network):
 
 def test_statistics_of_another_checkpoint_are_refused(own_study, profile):
     path = own_study / "statistics.safetensors"
-    save_file(load_file(str(path)), str(path), metadata={"seconds": json.dumps({}), "checkpoint": "other"})
+    save_tensors(profile, path.name, load_file(str(path)), {"seconds": {}, "checkpoint": "other"})
     record(profile, path.name, command="test", seconds=0.0)
     with pytest.raises(CorruptArtefactError, match="another checkpoint"):
         ls.load_statistics(profile)

@@ -1,13 +1,12 @@
 """Training: resumed equals uninterrupted, augmentation moves pixels as it says, the digits are learned."""
 
 import dataclasses
-import json
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from emq_lib import training
+from emq_lib.artefacts import read_facts
 from emq_lib.datasets import Split
 from emq_lib.errors import CorruptArtefactError
 
@@ -61,9 +60,17 @@ def test_augmentation_shifts_mirrors_and_pads_with_zeros():
     assert torch.equal(out.labels, split.labels)
 
 
-def test_the_digits_are_learned_and_the_card_says_so(study):
-    with safe_open(str(study / "model.safetensors"), "pt") as file:
-        facts = {key: json.loads(value) for key, value in file.metadata().items()}
+def test_the_same_training_gives_the_same_file(short, data, tmp_path, monkeypatch):
+    contents = []
+    for name in ("first", "second"):
+        monkeypatch.setenv("EMQ_STUDY_ROOT", str(tmp_path / name))
+        training.build_checkpoint(short, data)
+        contents.append((tmp_path / name / short.name / "model.safetensors").read_bytes())
+    assert contents[0] == contents[1]
+
+
+def test_the_digits_are_learned_and_the_card_says_so(study, profile):
+    facts = read_facts(profile, "model.safetensors")
     assert facts["top1"] > 95
     history = facts["validation_top1"]
     assert history[facts["epoch"] - 1] == max(history)
