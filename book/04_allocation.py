@@ -348,7 +348,7 @@ chapter.claim(
 #
 # - One seed of the checkpoint: another network may order the methods otherwise. Chapter 05
 #   gives the interval that the test images alone allow.
-# - All methods but the additive oracle assume that the losses of layers add up. At tight budgets they do not.
+# - All methods, the additive oracle included, assume that the losses of layers add up. At tight budgets they do not.
 # - An optimum of a score is only as good as the score where it is optimal, which is a corner that random configurations never visit.
 #
 # ## Exercises
