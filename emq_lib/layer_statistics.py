@@ -24,7 +24,7 @@ from torch.func import functional_call
 from emq_lib.artefacts import checked_path, read_facts, record, save_tensors, sha256, study_folder
 from emq_lib.datasets import Split
 from emq_lib.errors import CorruptArtefactError
-from emq_lib.models import INPUT_SHAPES, fold_batchnorm, layer_table, load_checkpoint, segments
+from emq_lib.models import INPUT_SHAPES, fold_batchnorm, layer_table, load_checkpoint, pre_hooks, segments
 from emq_lib.profiles import Profile
 from emq_lib.quantizers import fake_quantize
 
@@ -208,7 +208,7 @@ def activation_samples(model: nn.Module, names: Sequence[str], split: Split) -> 
 
         return hook
 
-    with _pre_hooks(model, {name: take(name) for name in names}):
+    with pre_hooks(model, {name: take(name) for name in names}):
         model(split[:ACTIVATION_IMAGES].inputs())
     return [samples[name].contiguous() for name in names]
 
@@ -234,7 +234,7 @@ def output_errors(
 
         return hook
 
-    with _pre_hooks(model, {name: accumulate(name) for name in errors}):
+    with pre_hooks(model, {name: accumulate(name) for name in errors}):
         for start in range(0, len(split), batch_size):
             model(split[start : start + batch_size].inputs())
     return np.stack([(row[1:] / row[0]).numpy() for row in energy.values()])
@@ -377,17 +377,6 @@ def _linear_part(module: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> to
     if isinstance(module, nn.Conv2d):
         return F.conv2d(x, weight, None, module.stride, module.padding, module.dilation, module.groups)
     return F.linear(x, weight)
-
-
-@contextlib.contextmanager
-def _pre_hooks(model: nn.Module, hooks: Mapping[str, Callable]) -> Iterator[None]:
-    """Register forward pre-hooks by layer name for the duration of the block."""
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook) for name, hook in hooks.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pandas as pd
 import torch
@@ -334,6 +335,17 @@ def _piece(model: torch.fx.GraphModule, nodes: Sequence[torch.fx.Node]) -> torch
     if nodes[-1].op != "output":
         graph.output(copies[nodes[-1]])
     return torch.fx.GraphModule(model, graph)
+
+
+@contextlib.contextmanager
+def pre_hooks(model: nn.Module, hooks: Mapping[str, Callable]) -> Iterator[None]:
+    """Register forward pre-hooks by layer name for the duration of the block."""
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook) for name, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.inference_mode()

@@ -19,7 +19,7 @@ from torch import nn
 from emq_lib.costs import choice_indices
 from emq_lib.datasets import Split
 from emq_lib.errors import InvalidBitsError, UnsupportedModelError
-from emq_lib.models import segments
+from emq_lib.models import pre_hooks, predict, segments
 
 SHRINKS = 80
 
@@ -208,7 +208,7 @@ def choose_activation_ranges(
     Raises:
         UnsupportedModelError: a layer sees a NaN or an infinity; the message names it.
     """
-    modules, lows, highs = dict(model.named_modules()), {}, {}
+    lows, highs = {}, {}
 
     def watch(name: str):
         def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -220,13 +220,8 @@ def choose_activation_ranges(
 
         return hook
 
-    handles = [modules[name].register_forward_pre_hook(watch(name)) for name in layers["name"]]
-    try:
-        for start in range(0, len(calibration), batch_size):
-            model(calibration[start : start + batch_size].inputs())
-    finally:
-        for handle in handles:
-            handle.remove()
+    with pre_hooks(model, {name: watch(name) for name in layers["name"]}):
+        predict(model, calibration, batch_size=batch_size)
     ranges = {}
     for name in layers["name"]:
         scale, zero = _affine(torch.tensor(lows[name]), torch.tensor(highs[name]), bits)

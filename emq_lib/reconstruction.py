@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from emq_lib.datasets import Split
+from emq_lib.models import pre_hooks, predict
 from emq_lib.quantizers import QuantizedWeight, WeightBank, build_weight_bank, choose_qparams, quantize
 
 ITERATIONS, LEARNING_RATE, WARM_UP = 500, 3e-2, 0.2
@@ -52,13 +53,8 @@ def second_moments(
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
-    try:
-        for start in range(0, len(calibration), batch_size):
-            model(calibration[start : start + batch_size].inputs())
-    finally:
-        for handle in handles:
-            handle.remove()
+    with pre_hooks(model, {name: watch(name) for name in names}):
+        predict(model, calibration, batch_size=batch_size)
     return {name: sums[name] / counts[name] for name in names}
 
 
