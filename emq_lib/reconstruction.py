@@ -18,7 +18,7 @@ from torch import nn
 
 from emq_lib.datasets import Split
 from emq_lib.models import pre_hooks, predict
-from emq_lib.quantizers import QuantizedWeight, WeightBank, build_weight_bank, choose_qparams, quantize
+from emq_lib.quantizers import QuantizedWeight, WeightBank, build_weight_bank, quantize
 
 ITERATIONS, LEARNING_RATE, WARM_UP = 500, 3e-2, 0.2
 STRETCH = (-0.1, 1.1)  # the sigmoid of a rounding variable is stretched to this range and cut to 0..1
@@ -90,15 +90,17 @@ def adaround(weight: torch.Tensor, bits: int, moments: torch.Tensor) -> Quantize
         InvalidBitsError: a width outside 1 to 8.
     """
     nearest = quantize(weight, bits)
-    scale, zero_point = choose_qparams(weight, bits)
     grouped = (len(moments), -1, moments.shape[-1])
     flat, moments = weight.detach().flatten(1).float().view(grouped), moments.to(weight.device, torch.float32)
-    step = scale.view(len(moments), -1, 1)
-    lowest = -zero_point.float().view(len(moments), -1, 1)
+    step = nearest.scale.view(len(moments), -1, 1)
+    lowest = -nearest.zero_point.float().view(len(moments), -1, 1)
     floor = (flat / step).floor()
 
+    def integers(up: torch.Tensor) -> torch.Tensor:
+        return torch.minimum(torch.maximum(floor + up, lowest), lowest + 2**bits - 1)
+
     def error(up: torch.Tensor) -> torch.Tensor:
-        return torch.minimum(torch.maximum(floor + up, lowest), lowest + 2**bits - 1) * step - flat
+        return integers(up) * step - flat
 
     worst = output_error(nearest.dequantize().flatten(1).view(grouped) - flat, moments)
     share = (flat / step - floor).clamp(1e-3, 1 - 1e-3)
@@ -119,8 +121,8 @@ def adaround(weight: torch.Tensor, bits: int, moments: torch.Tensor) -> Quantize
         up = ((torch.sigmoid(variable) * (high - low) + low) >= 0.5).float()
         if output_error(error(up), moments) >= worst:
             return nearest
-        codes = torch.minimum(torch.maximum(floor + up, lowest), lowest + 2**bits - 1) - lowest
-    return QuantizedWeight(codes.view(weight.shape).to(torch.uint8), scale, zero_point, bits)
+        codes = (integers(up) - lowest).view(weight.shape).to(torch.uint8)
+    return dataclasses.replace(nearest, codes=codes)
 
 
 def build_adaround_bank(
