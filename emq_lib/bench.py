@@ -45,6 +45,7 @@ COLUMNS = (
     "size_bytes",
     "bops",
 )
+DRAWS = 2_000  # in each strip of the stratified sample
 MEASURED = ("top1", "loss", "correct_a", "correct_b", "n_a", "n_b")
 
 
@@ -90,8 +91,8 @@ def stratified_configs(
 
     The range of the cost is cut into `count` strips. Each strip gives one configuration, drawn uniformly from those in
     it: entries are drawn independently with probabilities proportional to exp(t cost), where t makes the expected cost
-    the middle of the strip, until the sum falls into the strip. Given its cost, such a draw is uniform. A strip that
-    gives nothing new in 2,000 draws gives the draw that came closest to it.
+    the middle of the strip, and the first new draw within the strip is taken. Given its cost, such a draw is uniform.
+    If none of 2,000 draws lies in the strip, the new one that is closest to it is taken.
 
     Args:
         cost: its table has shape (S, B).
@@ -109,24 +110,19 @@ def stratified_configs(
     table, taken = cost.table, {tuple(map(int, config)) for config in exclude}
     if count + len(taken) > len(choices) ** len(table):
         raise InvalidParameterError(f"asked for {count} more configurations than the {len(taken)} taken; too many.")
-    low, high = table.min(axis=1).sum(), table.max(axis=1).sum()
-    edges, found = np.linspace(low, high, count + 1), []
+    edges = np.linspace(table.min(axis=1).sum(), table.max(axis=1).sum(), count + 1)
+    found = []
     for left, right in itertools.pairwise(edges):
-        probabilities = _tilted(table, (left + right) / 2)
-        closest, config = np.inf, None
-        for _ in range(20):
-            draws = (rng.random((100, len(table), 1)) > probabilities.cumsum(axis=1)[None, :, :-1]).sum(axis=2)
-            sums = np.take_along_axis(table[None], draws[:, :, None], axis=2).sum(axis=(1, 2))
-            for draw, distance in zip(draws, np.abs(sums - (left + right) / 2), strict=True):
-                candidate = tuple(int(choices[index]) for index in draw)
-                if distance < closest and candidate not in taken:
-                    closest, config = distance, candidate
-                    if distance <= (right - left) / 2:
-                        break
-            if closest <= (right - left) / 2:
-                break
-        while config is None or config in taken:
-            config = tuple(int(bits) for bits in rng.choice(choices, size=len(table)))
+        cumulative = _tilted(table, (left + right) / 2).cumsum(axis=1)
+        draws = (rng.random((DRAWS, len(table), 1)) > cumulative[:, :-1]).sum(axis=2)
+        totals = np.take_along_axis(table[None], draws[:, :, None], axis=2).sum(axis=(1, 2))
+        outside = np.maximum(np.maximum(left - totals, totals - right), 0)
+        candidates = np.asarray(choices)[draws[np.argsort(outside, kind="stable")]]
+        anywhere = (
+            rng.choice(choices, size=len(table)) for _ in itertools.count()
+        )  # once a strip's neighbourhood is used up
+        new = (tuple(map(int, config)) for config in itertools.chain(candidates, anywhere))
+        config = next(config for config in new if config not in taken)
         taken.add(config)
         found.append(config)
     configs = np.array(found, dtype=np.int8)

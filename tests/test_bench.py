@@ -149,6 +149,12 @@ def test_draws_within_a_strip_of_size_are_uniform():
     assert stats.chisquare(counts).pvalue > 1e-3
 
 
+def test_a_stratified_sample_can_be_all_there_is():
+    cost = CostTable("size", "bytes", 0.0, np.array([[2.0, 3.0, 4.0], [20.0, 30.0, 40.0], [1.0, 9.0, 10.0]]))
+    found = bench.stratified_configs(cost, (2, 3, 4), 26, rng=np.random.default_rng(0), exclude=[(3, 3, 3)])
+    assert len({tuple(config) for config in found} | {(3, 3, 3)}) == 27
+
+
 def test_one_off_configurations_change_one_layer_of_the_middle_uniform_one():
     configs = bench.one_off_configs(4, (2, 3, 4))
     assert configs.shape == (8, 4)

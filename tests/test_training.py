@@ -4,11 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from emq_lib import training
 from emq_lib.artefacts import read_facts
 from emq_lib.datasets import Split
 from emq_lib.errors import CorruptArtefactError
+from emq_lib.models import build_model, load_checkpoint, predict, top1
 
 
 @pytest.fixture
@@ -37,9 +39,9 @@ def test_interrupted_and_resumed_gives_the_same_weights(short, data, tmp_path, m
         assert torch.equal(value, resumed.model.state_dict()[key]), key
 
 
-def test_a_foreign_or_damaged_resume_file_is_refused(short, profile, data, tmp_path):
+def test_a_foreign_or_damaged_resume_file_is_refused(short, data, tmp_path):
     resume = tmp_path / "training.resume"
-    torch.save({"profile": repr(profile)}, resume)
+    torch.save({"identity": "another"}, resume)
     with pytest.raises(CorruptArtefactError, match="belongs to another"):
         training.train(short, data, resume=resume)
     resume.write_bytes(resume.read_bytes()[:100])
@@ -74,3 +76,15 @@ def test_the_digits_are_learned_and_the_card_says_so(study, profile):
     assert facts["top1"] > 95
     history = facts["validation_top1"]
     assert history[facts["epoch"] - 1] == max(history)
+
+
+@pytest.mark.parametrize(("limit", "dtype"), [(0.05, torch.float16), (-100, torch.float32)])
+def test_half_precision_is_stored_where_it_costs_little(profile, data, tmp_path, monkeypatch, limit, dtype):
+    monkeypatch.setenv("EMQ_STUDY_ROOT", str(tmp_path))
+    monkeypatch.setattr(training, "HALF_PRECISION_COST", limit)
+    model = build_model(profile).eval()
+    training.store_checkpoint(profile, training.TrainingResult(model, 1, (10.0,), 0.0), data)
+    path = tmp_path / profile.name / "model.safetensors"
+    assert load_file(path)["conv1.weight"].dtype == dtype
+    stored = load_checkpoint(profile, path)
+    assert read_facts(profile, path.name)["top1"] == top1(predict(stored, data.test), data.test.labels)
