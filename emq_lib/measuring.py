@@ -245,7 +245,7 @@ def row_keys(profile: Profile, data: ImageData, images: int, configs: np.ndarray
     facts = {
         "checkpoint": sha256(study_folder(profile) / "model.safetensors"),
         "images": (data.digest, images),
-        "calibration": len(data.calibration),
+        "calibration": hashlib.blake2b(data.calibration.images.cpu().numpy().tobytes(), digest_size=12).hexdigest(),
         "quantized": (profile.quantizer, profile.pinned, profile.tied, profile.activation_bits),
         "code": code_version(profile.quantizer),
     }

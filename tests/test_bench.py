@@ -119,6 +119,8 @@ def test_another_checkpoint_shares_no_row(own_study, profile, data):
     before = measuring.row_keys(profile, data, len(split), configs)
     assert before == measuring.row_keys(profile, data, len(split), configs)
     assert before != measuring.row_keys(profile, data, 100, configs)
+    other = dataclasses.replace(data, calibration=data.train[-len(data.calibration) :])
+    assert before != measuring.row_keys(profile, other, len(split), configs)
     assert before != measuring.row_keys(dataclasses.replace(profile, activation_bits=4), data, len(split), configs)
     with (own_study / "model.safetensors").open("ab") as file:
         file.write(b" ")
