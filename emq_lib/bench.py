@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import pathlib
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -201,7 +202,9 @@ def build_bench(
     folder = study_folder(profile)
     profile = dataclasses.replace(profile, quantizer=quantizer or profile.quantizer)
     with sole_writer(profile):
+        started = time.perf_counter()
         network, layers = load_network(profile, data)
+        preparation = time.perf_counter() - started
         rows, choices = design(profile, layers), profile.choices
         configs = np.stack(rows["bits"].to_numpy())
         before, seconds_before = _present_table(profile)
@@ -224,8 +227,8 @@ def build_bench(
         table = pd.concat([table, others] if profile.quantizer == QUANTIZERS[0] else [others, table])
         with atomic_path(folder / "bench.parquet") as path:
             table[list(COLUMNS)].to_parquet(path, index=False)
-        command = f"emq_lib.bench.build_bench on {profile.name}"
-        record(profile, "bench.parquet", command=command, seconds=seconds + seconds_before, rows=len(table))
+        command, seconds = f"emq_lib.bench.build_bench on {profile.name}", preparation + seconds + seconds_before
+        record(profile, "bench.parquet", command=command, seconds=seconds, rows=len(table))
         (folder / PARTIAL).unlink(missing_ok=True)
 
 

@@ -179,28 +179,31 @@ def measure_resumably(
     split = data.test[: images or len(data.test)]
     keys = row_keys(profile, data, len(split), configs)
     finished = PartialRows(study_folder(profile) / PARTIAL)
-    measured, half = dict(known or {}) | finished.read(), len(split) // 2
+    measured = dict(known or {}) | finished.read()
     missing = [config for key, config in zip(keys, configs, strict=True) if key not in measured]
     key_of = {tuple(map(int, config)): key for key, config in zip(keys, configs, strict=True)}
     with tqdm(total=len(configs), initial=len(configs) - len(missing), desc=profile.name, unit="config") as progress:
         started = time.perf_counter()
         for block in _measure_anywhere(profile, network, split, np.array(missing), scheduler):
-            rows = {
-                key_of[item.config]: {
-                    "top1": item.top1,
-                    "loss": item.loss,
-                    "correct_a": int(item.correct[:half].sum()),
-                    "correct_b": int(item.correct[half:].sum()),
-                    "n_a": half,
-                    "n_b": len(split) - half,
-                }
-                for item in block
-            }
+            rows = {key_of[item.config]: row_of(item) for item in block}
             finished.append(rows, seconds=time.perf_counter() - started)
             measured |= rows
             started = time.perf_counter()
             progress.update(len(block))
     return pd.DataFrame([{"key": key} | dict(measured[key]) for key in keys]), finished.seconds
+
+
+def row_of(item: Measurement) -> dict[str, float | int]:
+    """Return what the bench keeps of a measurement; the first half of the images is half A."""
+    half = len(item.correct) // 2
+    return {
+        "top1": item.top1,
+        "loss": item.loss,
+        "correct_a": int(item.correct[:half].sum()),
+        "correct_b": int(item.correct[half:].sum()),
+        "n_a": half,
+        "n_b": len(item.correct) - half,
+    }
 
 
 def _measure_anywhere(

@@ -9,7 +9,7 @@ network, and a layer at b bits has one reconstruction, whatever the other layers
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pandas as pd
 import torch
@@ -74,12 +74,82 @@ def output_error(error: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
     return ((error @ moments) * error).sum()
 
 
+class Rounding:
+    """A weight that is rounded down or up, entry by entry, on the grid of rounding to nearest; which way is learned.
+
+    Every weight has a variable whose stretched sigmoid h lies between 0 (down) and 1 (up).
+
+    Args:
+        weight: float tensor of shape (C_out, ...).
+        bits: bit width, 1 to 8.
+
+    Raises:
+        InvalidBitsError: a width outside 1 to 8.
+    """
+
+    def __init__(self, weight: torch.Tensor, bits: int) -> None:
+        self.weight, self.nearest = weight.detach().float(), quantize(weight, bits)
+        channel = (-1,) + (1,) * (weight.ndim - 1)
+        self._step = self.nearest.scale.view(channel)
+        self._lowest = -self.nearest.zero_point.float().view(channel)
+        self._floor = (self.weight / self._step).floor()
+        low, high = STRETCH
+        share = (self.weight / self._step - self._floor).clamp(1e-3, 1 - 1e-3)
+        self.variable = torch.logit((share - low) / (high - low)).requires_grad_()
+
+    def up(self) -> torch.Tensor:
+        """Return h, between 0 and 1, in the shape of the weight."""
+        low, high = STRETCH
+        return (torch.sigmoid(self.variable) * (high - low) + low).clamp(0, 1)
+
+    def rounded(self, up: torch.Tensor) -> torch.Tensor:
+        """Return the weight on its way between down (`up` 0) and up (1)."""
+        return self._integers(up) * self._step
+
+    def hardened(self) -> QuantizedWeight:
+        """Return the weight with every entry rounded the way it leans."""
+        with torch.no_grad():
+            codes = self._integers((self.up() >= 0.5).float()) - self._lowest
+        return dataclasses.replace(self.nearest, codes=codes.to(torch.uint8))
+
+    def _integers(self, up: torch.Tensor) -> torch.Tensor:
+        return torch.minimum(torch.maximum(self._floor + up, self._lowest), self._lowest + 2**self.nearest.bits - 1)
+
+
+def learn_rounding(
+    roundings: Sequence[Rounding], error: Callable[[list[torch.Tensor]], torch.Tensor], worst: float, iterations: int
+) -> None:
+    """Let Adam choose the directions of one or more weights together.
+
+    Minimized is the error as a share of that of rounding to nearest, times the number of weights, plus a regularizer
+    1 - |2 h - 1|^beta for each weight, whose exponent falls from 20 to 2 and so drives h to 0 or 1.
+
+    Args:
+        roundings: of the weights; changed in place.
+        error: the rounded weights, one per rounding -> the error to minimize.
+        worst: the error of rounding to nearest.
+        iterations: steps of Adam.
+    """
+    variables = [rounding.variable for rounding in roundings]
+    weights = sum(variable.numel() for variable in variables)
+    optimizer = torch.optim.Adam(variables, lr=LEARNING_RATE)
+    for iteration in range(iterations):
+        ups = [rounding.up() for rounding in roundings]
+        found = error([rounding.rounded(up) for rounding, up in zip(roundings, ups, strict=True)])
+        loss = found / max(worst, 1e-12) * weights
+        progress = (iteration / iterations - WARM_UP) / (1 - WARM_UP)
+        if progress >= 0:
+            beta = ANNEALING[0] + (ANNEALING[1] - ANNEALING[0]) * progress
+            loss = loss + PULL * sum((1 - (2 * up - 1).abs() ** beta).sum() for up in ups)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
 def adaround(weight: torch.Tensor, bits: int, moments: torch.Tensor) -> QuantizedWeight:
     """Round a weight so that the layer's output changes least; ranges are those of rounding to nearest.
 
-    Every weight gets a rounding variable whose stretched sigmoid h lies between 0 (down) and 1 (up). Adam minimizes the
-    output error plus a regularizer, 1 - |2 h - 1|^beta, whose exponent falls from 20 to 2 and so drives h to 0 or 1.
-    Where that ends with more error than rounding to nearest, rounding to nearest stays.
+    Where learning ends with more error than rounding to nearest, rounding to nearest stays.
 
     Args:
         weight: float tensor of shape (C_out, ...).
@@ -89,40 +159,17 @@ def adaround(weight: torch.Tensor, bits: int, moments: torch.Tensor) -> Quantize
     Raises:
         InvalidBitsError: a width outside 1 to 8.
     """
-    nearest = quantize(weight, bits)
-    grouped = (len(moments), -1, moments.shape[-1])
-    flat, moments = weight.detach().flatten(1).float().view(grouped), moments.to(weight.device, torch.float32)
-    step = nearest.scale.view(len(moments), -1, 1)
-    lowest = -nearest.zero_point.float().view(len(moments), -1, 1)
-    floor = (flat / step).floor()
+    rounding = Rounding(weight, bits)
+    moments = moments.to(weight.device, torch.float32)
+    shape = (len(moments), -1, moments.shape[-1])
 
-    def integers(up: torch.Tensor) -> torch.Tensor:
-        return torch.minimum(torch.maximum(floor + up, lowest), lowest + 2**bits - 1)
+    def error(rounded: torch.Tensor) -> torch.Tensor:
+        return output_error((rounded - rounding.weight).reshape(shape), moments)
 
-    def error(up: torch.Tensor) -> torch.Tensor:
-        return integers(up) * step - flat
-
-    worst = output_error(nearest.dequantize().flatten(1).view(grouped) - flat, moments)
-    share = (flat / step - floor).clamp(1e-3, 1 - 1e-3)
-    low, high = STRETCH
-    variable = torch.logit((share - low) / (high - low)).requires_grad_()
-    optimizer = torch.optim.Adam([variable], lr=LEARNING_RATE)
-    for iteration in range(ITERATIONS):
-        up = (torch.sigmoid(variable) * (high - low) + low).clamp(0, 1)
-        loss = output_error(error(up), moments) / worst.clamp(min=1e-12) * flat.numel()
-        progress = (iteration / ITERATIONS - WARM_UP) / (1 - WARM_UP)
-        if progress >= 0:
-            beta = ANNEALING[0] + (ANNEALING[1] - ANNEALING[0]) * progress
-            loss = loss + PULL * (1 - (2 * up - 1).abs() ** beta).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    with torch.no_grad():
-        up = ((torch.sigmoid(variable) * (high - low) + low) >= 0.5).float()
-        if output_error(error(up), moments) >= worst:
-            return nearest
-        codes = (integers(up) - lowest).view(weight.shape).to(torch.uint8)
-    return dataclasses.replace(nearest, codes=codes)
+    worst = error(rounding.nearest.dequantize()).item()
+    learn_rounding([rounding], lambda rounded: error(rounded[0]), worst, ITERATIONS)
+    found = rounding.hardened()
+    return found if error(found.dequantize()).item() < worst else rounding.nearest
 
 
 def build_adaround_bank(

@@ -1,5 +1,6 @@
-"""AdaRound against the convolution itself, against every possible rounding, and against rounding to nearest."""
+"""AdaRound against the convolution itself, every possible rounding, rounding to nearest, and whole blocks in order."""
 
+import copy
 import dataclasses
 import itertools
 
@@ -7,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from emq_lib import reconstruction
+from emq_lib import block_reconstruction, reconstruction
 from emq_lib.datasets import Split
 from emq_lib.measuring import load_network
-from emq_lib.models import predict, top1
-from emq_lib.quantizers import quantize
-from emq_lib.reconstruction import adaround, output_error, second_moments
+from emq_lib.models import fold_batchnorm, layer_table, load_checkpoint, predict, top1
+from emq_lib.quantizers import QuantizedNetwork, build_weight_bank, choose_activation_ranges, quantize
+from emq_lib.reconstruction import adaround, build_adaround_bank, output_error, second_moments
 
 
 def _images(channels, count=6):
@@ -91,3 +92,31 @@ def test_the_bank_lifts_low_bits(own_study, profile, data, monkeypatch):
         network, _ = load_network(dataclasses.replace(profile, quantizer=quantizer), data)
         accuracy[quantizer] = top1(predict(network.select((2,) * 6), data.test), data.test.labels)
     assert accuracy["adaround"] > accuracy["rtn"] + 5
+
+
+def test_block_after_block_beats_the_bank_on_blocks_and_leaves_the_network_alone(study, profile, data):
+    model = fold_batchnorm(load_checkpoint(profile, study / "model.safetensors"))
+    layers = layer_table(model, profile)
+    ranges = choose_activation_ranges(model, layers, data.calibration, bits=8)
+    before = predict(model, data.test)
+
+    def found(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return block_reconstruction.reconstruct_in_order(
+            model, layers, (2,) * 6, data.calibration, ranges, generator=generator
+        )
+
+    first, second = found(0), found(0)
+    assert torch.equal(predict(model, data.test), before)
+    assert torch.equal(predict(first, data.test), predict(second, data.test))
+    nearest = QuantizedNetwork(copy.deepcopy(model), build_weight_bank(model, layers, (2,)), ranges)
+    bank = QuantizedNetwork(copy.deepcopy(model), build_adaround_bank(model, layers, (2,), data.calibration), ranges)
+    change = {
+        name: (predict(network.select((2,) * 6), data.calibration) - predict(model, data.calibration)).square().mean()
+        for name, network in (("nearest", nearest), ("bank", bank), ("blocks", first))
+    }
+    assert change["blocks"] < change["bank"] < change["nearest"]
+    for name, layer in first.layers.items():
+        nearest_codes = nearest.layers[name].weight.codes.int()
+        assert (layer.weight.codes.int() - nearest_codes).abs().max() <= 1
+    assert torch.equal(first.layers["conv1"].weight.codes, nearest.layers["conv1"].weight.codes)

@@ -1,0 +1,53 @@
+"""Checks of the bench: what is measured again equals the bench where nothing changed, and differs where it did."""
+
+import dataclasses
+
+import pandas as pd
+import pytest
+
+from emq_lib import bench, block_reconstruction, checks, measuring, reconstruction
+from emq_lib.errors import InvalidParameterError
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(checks, "CONFIGS", 4)
+    monkeypatch.setattr(checks, "IN_ORDER", 2)
+    monkeypatch.setattr(reconstruction, "ITERATIONS", 60)
+    monkeypatch.setattr(block_reconstruction, "ITERATIONS", 100)
+
+
+def test_draw_zero_is_the_bench_and_other_draws_are_not(own_study, profile, data, small, monkeypatch):
+    bench.build_bench(dataclasses.replace(profile, bench_configs=8, stratified_configs=1), data, quantizer="adaround")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checks, "_measure_in_order", _interrupted)
+        checks.build_checks(profile, data)
+    assert not (own_study / "checks.csv").exists()
+    monkeypatch.setattr(measuring, "measure", _interrupted)  # all but the last check is on disk
+    checks.build_checks(profile, data)
+    table = checks.load_checks(profile)
+    assert table.groupby(["quantizer", "draw"]).size().to_dict() == {
+        **{(quantizer, draw): 4 for quantizer in ("rtn", "adaround") for draw in range(3)},
+        ("in order", 0): 2,
+    }
+    for quantizer in ("rtn", "adaround"):
+        rows = bench.Bench.load(profile, quantizer=quantizer).table.set_index("config_id")
+        own = table[(table["quantizer"] == quantizer) & (table["draw"] == 0)].set_index("bits")
+        pd.testing.assert_series_equal(own["loss"], rows.loc[own.index, "loss"], check_names=False)
+        other = table[(table["quantizer"] == quantizer) & (table["draw"] == 1)].set_index("bits")
+        assert (other["loss"] != own["loss"]).all()
+    in_order = table[table["quantizer"] == "in order"].set_index("bits")["top1"]
+    nearest = table[(table["quantizer"] == "rtn") & (table["draw"] == 0)].set_index("bits")["top1"]
+    assert (in_order >= nearest[in_order.index]).all()
+
+
+def _interrupted(*_args, **_kwargs):
+    raise KeyboardInterrupt
+
+
+def test_draws_are_disjoint_and_only_as_many_as_there_are_images(data):
+    draws = [checks.with_calibration(data, draw).calibration.images for draw in range(3)]
+    assert (draws[0] == data.calibration.images).all()
+    assert len({image.numpy().tobytes() for draw in draws for image in draw}) == sum(map(len, draws))
+    with pytest.raises(InvalidParameterError, match="needs more than"):
+        checks.with_calibration(data, 5)
