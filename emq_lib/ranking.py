@@ -5,11 +5,12 @@ Explained in chapter 02.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import linalg, stats
 from sklearn.linear_model import RidgeCV
 from sklearn.preprocessing import PolynomialFeatures
 
@@ -370,6 +371,49 @@ def pairwise_oracle(configs: np.ndarray, accuracy: np.ndarray, others: np.ndarra
     products = PolynomialFeatures(degree=2, interaction_only=True, include_bias=False).fit(fitted)
     model = RidgeCV(alphas=_ALPHAS).fit(products.transform(fitted), accuracy)
     return Oracle(None, model.predict(products.transform(predicted)), float(model.alpha_))
+
+
+def pair_interactions(
+    configs: np.ndarray, accuracy: np.ndarray, choices: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Estimate what two layers lose together, beyond the sum of what each loses alone, at the lowest width.
+
+    For every pair of layers the coefficient of "both have the lowest width" in a least-squares regression of accuracy
+    on that product and the one-hot bits of all layers. The p-values, of no interaction, use standard errors that allow
+    unequal variances (White 1980, with the correction for degrees of freedom).
+
+    Args:
+        configs: bits, shape (N, S).
+        accuracy: shape (N,).
+        choices: the B allowed widths.
+
+    Returns:
+        two arrays of shape (S, S), symmetric: the interaction in the unit of the accuracy (diagonal zero), and its
+        p-value (diagonal one).
+
+    Raises:
+        ConfigLengthError, InvalidBitsError, InvalidScoreError: see :func:`additive_oracle`.
+        InvalidScoreError: there are no more configurations than coefficients.
+    """
+    one_hot, _, slots = _design(configs, accuracy, configs, choices)
+    basis = linalg.orth(one_hot)  # the constant is among its span: one-hot bits of a layer sum to one
+    free = len(one_hot) - basis.shape[1] - 1
+    if free <= 0:
+        raise InvalidScoreError(f"{len(one_hot)} configurations are too few for {basis.shape[1] + 1} coefficients.")
+    lowest = one_hot[:, :: len(choices)]
+    left = accuracy - basis @ (basis.T @ accuracy)
+    effects, p_values = np.zeros((slots, slots)), np.ones((slots, slots))
+    for first, second in itertools.combinations(range(slots), 2):
+        product = lowest[:, first] * lowest[:, second]
+        product = product - basis @ (basis.T @ product)
+        energy = product @ product
+        if energy > 1e-9:
+            effect = product @ left / energy
+            variance = np.square(product * (left - effect * product)).sum() / energy**2 * len(left) / free
+            effects[first, second] = effects[second, first] = effect
+            p_value = 2 * stats.t.sf(abs(effect) / np.sqrt(variance), free)
+            p_values[first, second] = p_values[second, first] = p_value
+    return effects, p_values
 
 
 def regret(scores: np.ndarray, accuracy: np.ndarray, costs: np.ndarray, budget: float) -> float:

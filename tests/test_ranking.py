@@ -236,6 +236,39 @@ def test_pairwise_oracle_knows_interactions_that_a_sum_cannot():
     assert ranking.spearman(additive.predictions, accuracy[200:]) < 0.5
 
 
+def test_pair_interactions_find_the_pair_and_little_else():
+    rng = np.random.default_rng(21)
+    configs = rng.choice(CHOICES, size=(600, 6))
+    accuracy = configs @ np.arange(6.0) - 7 * ((configs[:, 1] == 2) & (configs[:, 4] == 2)) + rng.normal(size=600)
+    effects, p_values = ranking.pair_interactions(configs, accuracy, CHOICES)
+    assert effects[1, 4] == effects[4, 1] == pytest.approx(-7, abs=0.6)
+    assert p_values[1, 4] < 1e-9
+    others = np.delete(p_values[np.triu_indices(6, 1)], 7)  # (1, 4) is the eighth pair
+    assert others.min() > 1e-3
+    assert 0.2 < np.median(others) < 0.8
+    lowest = configs == 2
+    columns = [np.ones(600), *(column == b for b in (2, 3) for column in configs.T), lowest[:, 0] & lowest[:, 5]]
+    truth = np.linalg.lstsq(np.stack(columns, axis=1).astype(float), accuracy)[0][-1]
+    assert effects[0, 5] == pytest.approx(truth, abs=1e-9)
+
+
+def test_p_values_of_pair_interactions_are_uniform_without_any():
+    rng = np.random.default_rng(22)
+    found = []
+    for _ in range(40):
+        configs = rng.choice(CHOICES, size=(120, 4))
+        noise = rng.normal(size=120) * (1 + 3 * (configs[:, 0] == 2))  # of unequal variance
+        found.extend(ranking.pair_interactions(configs, noise, CHOICES)[1][np.triu_indices(4, 1)])
+    assert abs(np.mean(np.array(found) < 0.1) - 0.1) < 0.06
+
+
+def test_pair_interactions_need_more_configurations_than_coefficients():
+    rng = np.random.default_rng(23)
+    configs = rng.choice(CHOICES, size=(10, 6))
+    with pytest.raises(InvalidScoreError, match="too few"):
+        ranking.pair_interactions(configs, rng.normal(size=10), CHOICES)
+
+
 @pytest.mark.parametrize("oracle", [ranking.additive_oracle, ranking.pairwise_oracle])
 def test_oracles_refuse_foreign_configurations(oracle):
     rng = np.random.default_rng(14)
