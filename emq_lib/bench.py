@@ -47,6 +47,7 @@ COLUMNS = (
     "bops",
 )
 DRAWS = 2_000  # in each strip of the stratified sample
+SAMPLES = ("random", "stratified", "one-off", "uniform")
 MEASURED = ("top1", "loss", "correct_a", "correct_b", "n_a", "n_b")
 
 

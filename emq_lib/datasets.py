@@ -82,7 +82,7 @@ def load_dataset(profile: Profile) -> ImageData:
     ``train/<class>/*.png`` and ``test/<class>/*.png``.
 
     ImageNet is the reader's own ImageFolder tree ``imagenet/train/<class>/*`` and ``imagenet/val/<class>/*`` under that
-    folder; of its training images only the calibration images are read.
+    folder; of its training images only the calibration images are read, which are its validation images too.
 
     Raises:
         DatasetNotFoundError: no images where they are looked for.
@@ -150,7 +150,7 @@ def _imagenet(profile: Profile) -> ImageData:
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     train, test = (Split(images, labels, mean, std) for images, labels, _ in parts)
     digest = hashlib.sha256(b"".join(parts[0][2] + parts[1][2])).hexdigest()
-    return ImageData(train, train[:0], train, test, digest, len(calibration.classes))
+    return ImageData(train, train, train, test, digest, len(calibration.classes))
 
 
 def _open_folder(folder: pathlib.Path) -> ImageFolder:

@@ -180,6 +180,16 @@ INPUT_SHAPES: dict[str, tuple[int, int, int]] = {
 }
 
 
+def register_model(name: str, build: Callable[[], nn.Module]) -> None:
+    """Let profiles use a network by name.
+
+    Args:
+        name: what a profile's `model` says.
+        build: returns the network with fresh weights. `torch.fx` must be able to trace it.
+    """
+    MODELS[name] = build
+
+
 def build_model(profile: Profile) -> nn.Module:
     """Return the profile's network with fresh random weights, drawn from the profile's seed."""
     if profile.model not in MODELS:

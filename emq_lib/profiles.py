@@ -121,6 +121,11 @@ def register(profile: Profile) -> Profile:
     return profile
 
 
+def profile_names() -> tuple[str, ...]:
+    """Return the names of all registered profiles, in the order of registration."""
+    return tuple(_REGISTRY)
+
+
 def get_profile(name: str) -> Profile:
     """Return the profile of that name.
 
@@ -128,7 +133,7 @@ def get_profile(name: str) -> Profile:
         UnknownProfileError: no such profile; the message lists those there are.
     """
     if name not in _REGISTRY:
-        known = ", ".join(sorted(_REGISTRY))
+        known = ", ".join(sorted(profile_names()))
         raise UnknownProfileError(
             f"Unknown profile {name!r}. Known profiles: {known}. Add your own: emq_lib.profiles.register(Profile(...))."
         )

@@ -46,6 +46,8 @@ COLOURS = {
     "random search": "#b0b0b0",
 }
 
+SAMPLE_COLOURS = {"random": "#999999", "stratified": "#0072b2", "one-off": "#e69f00", "uniform": "#d55e00"}
+
 
 @dataclass(frozen=True)
 class Chapter:
@@ -206,6 +208,55 @@ def plot_scatter(
     ax = ax or plt.gca()
     ax.scatter(x, y, s=9, color=colour, alpha=0.6, linewidths=0)
     ax.set(xlabel=xlabel, ylabel=ylabel)
+    return ax
+
+
+def plot_samples(samples: Mapping[str, pd.DataFrame], *, ax: Axes | None = None) -> Axes:
+    """Draw top-1 against packed size, one colour per sample of the bench; the uniform ones are joined by a line.
+
+    Args:
+        samples: sample -> its rows of the bench.
+        ax: axes to draw on.
+    """
+    ax = ax or plt.gca()
+    for name, table in samples.items():
+        style = "o-" if name == "uniform" else "o"
+        size = 6 if name == "uniform" else 3
+        ordered = table.sort_values("size_bytes")
+        ax.plot(
+            ordered["size_bytes"] / 2**10,
+            ordered["top1"],
+            style,
+            markersize=size,
+            color=SAMPLE_COLOURS[name],
+            alpha=1 if name == "uniform" else 0.6,
+            markeredgewidth=0,
+            label=f"{name} ({len(table)})",
+        )
+    ax.set(xlabel="packed size (KiB)", ylabel="top-1 (%)")
+    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    return ax
+
+
+def plot_interactions(effects: np.ndarray, marks: np.ndarray, *, names: Sequence[str], ax: Axes | None = None) -> Axes:
+    """Draw the interaction of every pair of layers as a coloured square, with dots on the marked pairs.
+
+    Args:
+        effects: points of top-1, shape (S, S), symmetric.
+        marks: bool, shape (S, S).
+        names: of the S layers.
+        ax: axes to draw on.
+    """
+    ax = ax or plt.gca()
+    shown = np.where(np.eye(len(effects), dtype=bool), np.nan, effects)
+    reach = np.abs(effects).max()
+    image = ax.imshow(shown, cmap="RdBu", vmin=-reach, vmax=reach)
+    ax.figure.colorbar(image, ax=ax, shrink=0.8, label="interaction (points of top-1)")
+    rows, columns = np.nonzero(marks)
+    ax.plot(columns, rows, "o", color="#333333", markersize=2.5)
+    ax.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
+    ax.set_yticks(range(len(names)), names, fontsize=7)
+    ax.grid(visible=False)
     return ax
 
 
