@@ -94,7 +94,10 @@ def run(name: str, *, images: int, configs: int, growth: tuple[int, ...], repeat
         if differ > 1e-3 * correct.size:
             raise SystemExit(f"The two ways disagree on {differ} of {correct.size} answers: nothing was timed.")
     medians = {way: statistics.median(values) for way, values in seconds.items()}
-    grown = {count: timed(engine, profile, data, split, drawn[:count])[0] for count in growth}
+    grown = []
+    for count in growth:
+        spent, _ = timed(engine, profile, data, split, drawn[:count])
+        grown.append({"configurations": count, "seconds": spent, "peak memory so far in MiB": peak_memory()})
     return {
         "images": len(split),
         "configurations": configs,
@@ -103,23 +106,35 @@ def run(name: str, *, images: int, configs: int, growth: tuple[int, ...], repeat
         "configurations per second": {way: configs / value for way, value in medians.items()},
         "ratio": medians["plain"] / medians["engine"],
         "seconds of each repeat": seconds,
-        "engine seconds by configurations": grown,
+        "growth": grown,
         "MACs per image": int(layers["macs"].sum()),
-        "peak memory in MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
+        "layers": len(layers),
     }
+
+
+def peak_memory() -> float:
+    """Return the most memory that this process has held, in MiB; loaded libraries and images count."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def hardware() -> dict[str, object]:
     """Describe the machine."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
-        "device": device,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
     }
+
+
+def processor() -> str:
+    """Return the processor's name where the system tells it, else the kind of machine."""
+    information = pathlib.Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 def main() -> None:

@@ -84,7 +84,7 @@ def _measure_in_order(profile: Profile, data: ImageData, configs: np.ndarray) ->
     Also returns the wall time in seconds of everything that was kept on disk.
     """
     model = fold_batchnorm(load_checkpoint(profile, checked_path(profile, "model.safetensors")))
-    layers = layer_table(model, profile)
+    model, layers = model.to(data.test.images.device), layer_table(model, profile)
     ranges = choose_activation_ranges(model, layers, data.calibration, bits=profile.activation_bits)
     split = data.test[: profile.bench_images or len(data.test)]
     finished = PartialRows(study_folder(profile) / PARTIAL)

@@ -7,6 +7,7 @@ sorted hashes says whether two machines hold the same images.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import pathlib
@@ -72,6 +73,11 @@ class ImageData:
     test: Split
     digest: str
     classes: int
+
+    def to(self, device: torch.device | str) -> ImageData:
+        """Return the same images on another device, where training and measuring then run."""
+        names = ("train", "validation", "calibration", "test")
+        return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 def load_dataset(profile: Profile) -> ImageData:

@@ -130,7 +130,7 @@ def load_network(profile: Profile, data: ImageData) -> tuple[QuantizedNetwork, p
         UnsupportedModelError: a layer sees NaN or infinity, or cannot be quantized.
     """
     model = fold_batchnorm(load_checkpoint(profile, checked_path(profile, "model.safetensors")))
-    layers = layer_table(model, profile)
+    model, layers = model.to(data.test.images.device), layer_table(model, profile)
     if data.classes != layers["channels"].iloc[-1]:
         raise DatasetMismatchError(
             f"The images have {data.classes} classes, but the checkpoint of {profile.name!r} tells "

@@ -46,7 +46,7 @@ def train(profile: Profile, data: ImageData, *, resume: pathlib.Path | None = No
         CorruptArtefactError: the resume file is unreadable or belongs to another profile.
     """
     recipe, steps = profile.training, -(-len(data.train) // profile.training.batch_size)
-    model, generator = build_model(profile), profile.generator("training")
+    model, generator = build_model(profile).to(data.train.images.device), profile.generator("training")
     optimizer = torch.optim.SGD(
         _parameter_groups(model, recipe.weight_decay), lr=recipe.max_lr, momentum=recipe.momentum, nesterov=True
     )
@@ -163,7 +163,8 @@ def build_checkpoint(profile: Profile, data: ImageData) -> None:
     Interrupted at any moment, the same call goes on from the last finished epoch.
     """
     if profile.training is None:
-        store_checkpoint(profile, TrainingResult(load_pretrained(profile), 0, (), 0.0), data)
+        published = load_pretrained(profile).to(data.test.images.device)
+        store_checkpoint(profile, TrainingResult(published, 0, (), 0.0), data)
     else:
         store_checkpoint(profile, train(profile, data, resume=study_folder(profile) / "training.resume"), data)
 
