@@ -24,6 +24,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from distributed import LocalCluster
 from torch import nn
 
 from emq_lib import bench, measuring, quantizers
@@ -65,6 +66,15 @@ def engine(profile, data, split: Split, configs: np.ndarray) -> np.ndarray:
     return np.stack([found[tuple(map(int, config))] for config in configs])
 
 
+def two_workers(profile, data, split: Split, configs: np.ndarray) -> np.ndarray:
+    """Do the same on two workers of one thread each; starting them counts."""
+    network, _ = measuring.load_network(profile, data)
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        blocks = measuring.measure_anywhere(profile, network, split, configs, cluster.scheduler_address)
+        found = {item.config: item.correct for block in blocks for item in block}
+    return np.stack([found[tuple(map(int, config))] for config in configs])
+
+
 def timed(function: Callable, *arguments: object) -> tuple[float, np.ndarray]:
     """Return wall seconds and the result."""
     started = time.perf_counter()
@@ -72,7 +82,7 @@ def timed(function: Callable, *arguments: object) -> tuple[float, np.ndarray]:
     return time.perf_counter() - started, result
 
 
-def run(name: str, *, images: int, configs: int, growth: tuple[int, ...], repeats: int) -> dict:
+def run(name: str, *, images: int, configs: int, growth: tuple[int, ...], workers: int, repeats: int) -> dict:
     """Check that both ways agree, time them in turn, and return what was measured."""
     profile = get_profile(name)
     data = load_dataset(profile)
@@ -81,7 +91,7 @@ def run(name: str, *, images: int, configs: int, growth: tuple[int, ...], repeat
     layers = layer_table(model, profile)
     ranges = quantizers.choose_activation_ranges(model, layers, data.calibration, bits=profile.activation_bits)
     slots = layers["slot"].max() + 1
-    drawn = bench.sample_configs(slots, profile.choices, max(configs, *growth), rng=profile.rng("benchmark"))
+    drawn = bench.sample_configs(slots, profile.choices, max(configs, workers, *growth), rng=profile.rng("benchmark"))
     drawn = drawn[len(profile.choices) :]  # random ones only
     few, labels = drawn[:configs], split.labels.numpy()
     seconds: dict[str, list[float]] = {"plain": [], "engine": []}
@@ -98,6 +108,10 @@ def run(name: str, *, images: int, configs: int, growth: tuple[int, ...], repeat
     for count in growth:
         spent, _ = timed(engine, profile, data, split, drawn[:count])
         grown.append({"configurations": count, "seconds": spent, "peak memory so far in MiB": peak_memory()})
+    spent, correct = timed(engine, profile, data, split, drawn[:workers])
+    shared, distributed = timed(two_workers, profile, data, split, drawn[:workers])
+    if not np.array_equal(correct, distributed):
+        raise SystemExit("Two workers give other answers than one process.")
     return {
         "images": len(split),
         "configurations": configs,
@@ -107,6 +121,7 @@ def run(name: str, *, images: int, configs: int, growth: tuple[int, ...], repeat
         "ratio": medians["plain"] / medians["engine"],
         "seconds of each repeat": seconds,
         "growth": grown,
+        "two workers": {"configurations": workers, "seconds": shared, "seconds of one process": spent},
         "MACs per image": int(layers["macs"].sum()),
         "layers": len(layers),
     }
@@ -144,10 +159,11 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1_000)
     parser.add_argument("--configs", type=int, default=32)
     parser.add_argument("--growth", type=int, nargs="*", default=(10, 100, 1_000))
+    parser.add_argument("--workers", type=int, default=128, help="configurations that two workers share")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    growth = tuple(options.growth)
-    found = run(options.profile, images=options.images, configs=options.configs, growth=growth, repeats=options.repeats)
+    sizes = {name: getattr(options, name) for name in ("images", "configs", "workers", "repeats")}
+    found = run(options.profile, growth=tuple(options.growth), **sizes)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results[options.profile] = found | {"hardware": hardware()}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")

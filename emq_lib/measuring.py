@@ -184,7 +184,7 @@ def measure_resumably(
     key_of = {tuple(map(int, config)): key for key, config in zip(keys, configs, strict=True)}
     with tqdm(total=len(configs), initial=len(configs) - len(missing), desc=profile.name, unit="config") as progress:
         started = time.perf_counter()
-        for block in _measure_anywhere(profile, network, split, np.array(missing), scheduler):
+        for block in measure_anywhere(profile, network, split, np.array(missing), scheduler):
             rows = {key_of[item.config]: row_of(item) for item in block}
             finished.append(rows, seconds=time.perf_counter() - started)
             measured |= rows
@@ -206,10 +206,18 @@ def row_of(item: Measurement) -> dict[str, float | int]:
     }
 
 
-def _measure_anywhere(
+def measure_anywhere(
     profile: Profile, network: QuantizedNetwork, split: Split, configs: np.ndarray, scheduler: str | None
 ) -> Iterator[list[Measurement]]:
-    """Yield measured blocks from this process, or from the workers of a scheduler as they finish."""
+    """Yield measured blocks from this process, or from the workers of a scheduler as they finish.
+
+    Args:
+        profile: the study; its checkpoint goes to the workers.
+        network: its quantized network.
+        split: images and labels.
+        configs: bits, shape (N, S).
+        scheduler: address of a ``dask.distributed`` scheduler, or None.
+    """
     if not len(configs):
         return
     if scheduler is None:
