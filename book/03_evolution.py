@@ -381,7 +381,9 @@ against = {
     )
     for name in (same_name, best_name)
 }
-p_values = ranking.holm([one.p for one in against.values()])
+p_values = dict(
+    zip(against, ranking.holm([one.p for one in against.values()]), strict=True)
+)
 
 # %%
 one = against[same_name]
@@ -398,7 +400,7 @@ chapter.claim(
 chapter.claim(
     "evolved_same_p",
     f"Evolved against {same_name}: Holm-corrected p = {{:.3f}}.",
-    p_values[0],
+    p_values[same_name],
     within={"cifar10-resnet20": (0.05, 1)},
     n=one.n,
 )
@@ -418,7 +420,7 @@ chapter.claim(
 chapter.claim(
     "evolved_p",
     f"Evolved against {best_name}: Holm-corrected p = {{:.4f}}.",
-    p_values[1],
+    p_values[best_name],
     within={"cifar10-resnet20": (0, 0.05)},
     n=one.n,
 )

@@ -99,7 +99,7 @@ profile = register(
         pinned=(("7", 8),),
         validation_images=198,
         calibration_images=256,
-        bench_configs=60,
+        bench_configs=150,
         stratified_configs=15,
     )
 )
@@ -131,7 +131,7 @@ chapter.claim(
     "own_rows",
     "The bench has {:.0f} rows.",
     len(own),
-    within=(60, 120),
+    within=(150, 200),
 )
 
 # %%
@@ -160,7 +160,7 @@ chapter.claim(
 # A second call with a larger profile measures only what is missing:
 
 # %%
-larger = dataclasses.replace(profile, bench_configs=70)
+larger = dataclasses.replace(profile, bench_configs=160)
 bench.build_bench(larger, images)
 len(bench.Bench.load(larger)) - len(own)
 
@@ -216,7 +216,8 @@ except UnsupportedModelError as error:
 # ```
 #
 # runs every chapter on it. On several machines, start a scheduler and workers of `dask.distributed` and give the address to
-# `build_bench(profile, images, scheduler="tcp://...")`: workers need this package, but no images and no files of the study.
+# `build_bench(profile, images, scheduler="tcp://...")`: workers need this package with your entries, but no images and no files of the
+# study.
 #
 # Your own images: as an ImageFolder tree in ImageNet's form, `imagenet/train/<class>/` and `imagenet/val/<class>/` under
 # `EMQ_DATA_ROOT`, with `dataset="imagenet"`, `training=None`, a network that has as many outputs as there are classes, and its

@@ -253,7 +253,7 @@ def write_layers(profile: Profile, layers: pd.DataFrame) -> None:
 
 def load_layers(profile: Profile) -> pd.DataFrame:
     """Return the study's layer table."""
-    return pd.read_csv(checked_path(profile, "layers.csv"))
+    return pd.read_csv(checked_path(profile, "layers.csv"), dtype={"name": str})  # names may look like numbers
 
 
 @dataclass(frozen=True)

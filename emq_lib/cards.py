@@ -11,7 +11,7 @@ from emq_lib.errors import MissingArtefactError
 from emq_lib.profiles import QUANTIZERS, Profile
 
 LICENCE = "tables, checkpoint and this card: CC BY 4.0; code: MIT. Images are not included and keep their own terms."
-CITATION = "CITATION.cff of this book, with the profile's name and the commit below"
+CITATION = "CITATION.cff of this book, with the profile's name and the commit above"
 DATASETS = {
     "digits": "scikit-learn's handwritten digits, upsampled to 16 x 16",
     "cifar10": "CIFAR-10, 32 x 32",
@@ -103,7 +103,7 @@ def _provenance(profile: Profile) -> dict[str, str]:
     entry = manifest["bench.parquet"]
     training, measuring = (_duration(manifest[name]["seconds"]) for name in ("model.safetensors", "bench.parquet"))
     return {
-        "made by": f"`{entry['command']}` at commit {entry['commit']}, seed {entry['seed']}",
+        "made by": f"{entry['command']} at commit {entry['commit']}, seed {entry['seed']}",
         "time": f"{training} of training, {measuring} of measuring",
         "device": f"{entry['device']}; torch {entry['versions']['torch']}",
     }

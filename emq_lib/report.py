@@ -159,7 +159,8 @@ def show_table(table: pd.DataFrame, *, decimals: int = 2) -> None:
     texts = [name for name in table.columns if table[name].astype(str).str.contains(" [a-zA-Z]").any()]
     prose = {"text-align": "left", "white-space": "normal", "min-width": "16em"}
     style = table.style.format(precision=decimals, na_rep="–").hide(axis="index")
-    display(style.set_properties(subset=texts, **prose))
+    headings = {name: [{"selector": "th", "props": [("text-align", "left")]}] for name in texts}
+    display(style.set_properties(subset=texts, **prose).set_table_styles(headings, overwrite=False))
 
 
 def plot_histogram(values: np.ndarray, marks: Mapping[str, float], *, xlabel: str, ax: Axes | None = None) -> Axes:

@@ -280,3 +280,9 @@ def test_published_rows_are_measured_again_on_the_real_images(cifar10, monkeypat
 def test_a_profile_without_a_study_has_none(study, profile):
     assert bench.has_study(profile, "bench.parquet", "layers.csv")
     assert not bench.has_study(dataclasses.replace(profile, name="nobody"), "bench.parquet")
+
+
+def test_names_that_look_like_numbers_stay_names(own_study, profile):
+    names = [f"{index}.0" for index in range(8)]
+    bench.write_layers(profile, bench.load_layers(profile).assign(name=names))
+    assert list(bench.load_layers(profile)["name"]) == names
