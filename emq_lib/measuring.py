@@ -33,7 +33,7 @@ from emq_lib.models import build_model, fold_batchnorm, layer_table, load_checkp
 from emq_lib.profiles import Profile
 from emq_lib.quantizers import QuantizedNetwork
 
-BLOCK, BATCH = 32, 50
+BLOCK, BATCH = 32, 25
 PARTIAL = "measured.partial.jsonl"
 
 

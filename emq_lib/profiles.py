@@ -179,7 +179,7 @@ register(
         name="cifar10-mobilenetv2",
         dataset="cifar10",
         model="mobilenetv2-half",
-        training=TrainingRecipe(epochs=20, max_lr=0.2, weight_decay=1e-4),
+        training=TrainingRecipe(epochs=12, max_lr=0.2, weight_decay=1e-4),
         pinned=(("features.0.0", 8), ("classifier.1", 8)),
         bench_images=2_000,
     )

@@ -348,8 +348,8 @@ class QuantizedNetwork(nn.Module):
     def pieces(self) -> list[tuple[nn.Module, tuple[str, ...]]]:
         """The network cut as by :func:`emq_lib.models.segments`, sparing memory traffic inside each piece.
 
-        The same numbers: results that nobody else reads are overwritten in place, and a ReLU is left out whose readers
-        all round negative numbers to zero anyway.
+        The same numbers: results that nobody else reads are overwritten in place, and a ReLU (or ReLU6) is left out
+        whose readers all round what it cuts off to the same code anyway.
         """
         pieces = segments(self.model, list(self.layers))
         for piece, _ in pieces:
@@ -368,23 +368,34 @@ def _spare_memory(piece: torch.fx.GraphModule) -> None:
         """Say whether a node makes a new tensor that one other node reads."""
         if not isinstance(node, torch.fx.Node) or len(node.users) != 1:
             return False
-        return layer(node) is not None or is_relu(node) or node.target in (operator.add, operator.iadd)
+        if ceiling(node) is not None:  # it may work in place
+            return disposable(node.args[0])
+        return layer(node) is not None or node.target in (operator.add, operator.iadd)
 
-    def is_relu(node: torch.fx.Node) -> bool:
+    def ceiling(node: torch.fx.Node) -> float | None:
+        """Return the largest output of a ReLU (infinity) or ReLU6 (6), or None if the node is neither."""
         module = piece.get_submodule(node.target) if node.op == "call_module" else None
-        return isinstance(module, nn.ReLU) or node.target in (F.relu, F.relu_)
+        if isinstance(module, nn.ReLU) or node.target in (F.relu, F.relu_):
+            return float("inf")
+        return 6.0 if isinstance(module, nn.ReLU6) else None
+
+    def repeats(reader: QuantizedLayer | None, top: float) -> bool:
+        """Say whether a layer rounds what lies outside 0 to `top` to its lowest and highest codes."""
+        if reader is None:
+            return False
+        seen = reader.activation_range
+        return seen.zero_point == 0 and top / seen.scale > 2**seen.bits - 1.25
 
     for node in list(piece.graph.nodes):
         if node.target is operator.add:
             first = next((index for index, term in enumerate(node.args) if disposable(term)), None)
             if first is not None:
                 node.target, node.args = operator.iadd, (node.args[first], node.args[1 - first])
-        elif is_relu(node):
-            readers = [layer(user) for user in node.users]
-            if all(reader and reader.activation_range.zero_point == 0 for reader in readers):
+        elif (top := ceiling(node)) is not None:
+            if all(repeats(layer(user), top) for user in node.users):
                 node.replace_all_uses_with(node.args[0])
                 piece.graph.erase_node(node)
-            elif disposable(node.args[0]):
+            elif disposable(node.args[0]) and top == float("inf"):
                 node.op, node.target, node.kwargs = "call_function", F.relu_, {}
         if layer(node) is not None:
             layer(node).owns_input = disposable(node.args[0])

@@ -416,6 +416,29 @@ def pair_interactions(
     return effects, p_values
 
 
+def resample_layers(table: np.ndarray, slots: int) -> np.ndarray:
+    """Return a score table for a network of another depth, by linear interpolation over the relative depth.
+
+    Slot s of S stands at (s + 1/2) / S. Beyond the first and the last slot the table stays as it is there.
+
+    Args:
+        table: shape (S, B).
+        slots: number of slots of the other network.
+
+    Returns:
+        float64 array of shape (slots, B).
+
+    >>> resample_layers(np.array([[0.0, 1.0], [4.0, 3.0]]), 4)
+    array([[0. , 1. ],
+           [1. , 1.5],
+           [3. , 2.5],
+           [4. , 3. ]])
+    """
+    table = np.asarray(table, dtype=np.float64)
+    places, wanted = ((np.arange(count) + 0.5) / count for count in (len(table), slots))
+    return np.stack([np.interp(wanted, places, column) for column in table.T], axis=1)
+
+
 def regret(scores: np.ndarray, accuracy: np.ndarray, costs: np.ndarray, budget: float) -> float:
     """Return the accuracy lost by trusting the scores among the configurations within a budget.
 

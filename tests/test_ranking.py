@@ -281,6 +281,15 @@ def test_oracles_refuse_foreign_configurations(oracle):
         oracle(configs, accuracy[:39], configs, CHOICES)
 
 
+def test_a_table_is_stretched_to_another_depth():
+    table = np.random.default_rng(23).normal(size=(7, 3))
+    np.testing.assert_array_equal(ranking.resample_layers(table, 7), table)
+    ramp = np.linspace(0, 1, 40)[:, None] * [1.0, 2.0]
+    depths = (np.arange(9) + 0.5) / 9 * 40 - 0.5
+    np.testing.assert_allclose(ranking.resample_layers(ramp, 9), depths[:, None] / 39 * [1.0, 2.0], atol=1e-12)
+    assert np.array_equal(ranking.resample_layers(table[:1], 5), np.repeat(table[:1], 5, axis=0))
+
+
 def test_regret_is_what_trusting_costs():
     accuracy, scores, costs = np.array([50, 60, 70, 80.0]), np.array([4, 3, 2, 1.0]), np.array([1, 2, 3, 4.0])
     assert ranking.regret(scores, accuracy, costs, budget=3) == 20
