@@ -454,7 +454,7 @@ chapter.claim(
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Top-1 against packed size. Random configurations form a cloud around the mean size; the stratified ones reach the edges, where budgets are met. At any one size accuracies spread over tens of points: size alone does not decide.", "name": "fig-01-4"}, "image": {"alt": "Scatter of top-1 against packed size: a cloud of random configurations in the middle, stratified ones from edge to edge, one-off ones near the uniform 3-bit configuration, uniform ones joined by a line."}}
 figure, ax = plt.subplots()
 plot_samples(
-    {name: measured.select(name).table for name in bench.SAMPLES}, ax=ax
+    {name: rows for name, rows in measured.table.groupby("sample")}, ax=ax
 )
 plt.show()
 
@@ -608,34 +608,33 @@ plot_scatter(
 plt.show()
 
 # %% [markdown]
-# With so little left between configurations, is there still an order to be found? All that was asked of the first bench, asked of
-# both:
+# With so little left between configurations, is there still an order to be found? What was asked of the first bench, asked of both.
+# Where the spread drowns in the noise of few test images, the bench has one more sample, in which layers may have 1 bit too.
 
 # %%
-ceilings, rows = {}, []
-for name, some in zip(QUANTIZERS, (sample, learned), strict=True):
-    ceilings[name] = ranking.noise_ceiling(
+compared = {"rtn": sample, "adaround": learned}
+if "one-bit" in set(rounded.table["sample"]):
+    compared["adaround, 1 bit too"] = rounded.select("one-bit")
+ceilings = {
+    name: ranking.noise_ceiling(
         some.half_a, some.half_b, rng=chapter.profile.rng("noise ceiling")
     )
-    search, heldout = some.split()
-    oracle = ranking.additive_oracle(
-        search.configs, search.half_a, heldout.configs, chapter.profile.choices
-    )
-    rows.append(
-        {
-            "quantizer": name,
-            "mean top-1": some.top1.mean(),
-            "standard deviation": some.top1.std(ddof=1),
-            "halves agree (rho)": ceilings[name].halves.value,
-            "perfect proxy (rho)": ceilings[name].perfect.value,
-            "between draws (points)": draw_sd[name],
-            "draws agree (rho)": draw_rho[name].value,
-            "additive oracle (rho)": ranking.spearman(
-                oracle.predictions, heldout.top1
-            ),
-        }
-    )
-show_table(pd.DataFrame(rows), decimals=3)
+    for name, some in compared.items()
+}
+rows = [
+    {
+        "random configurations under": name,
+        "n": len(some),
+        "mean top-1": some.top1.mean(),
+        "standard deviation": some.top1.std(ddof=1),
+        "halves agree (rho)": ceilings[name].halves.value,
+        "perfect proxy (rho)": ceilings[name].perfect.value,
+        "between draws (points)": draw_sd.get(name),
+        "draws agree (rho)": draw_rho[name].value if name in draw_rho else None,
+    }
+    for name, some in compared.items()
+]
+show_table(pd.DataFrame(rows))
 
 # %%
 chapter.claim(
@@ -667,9 +666,26 @@ chapter.claim(
     "quantizers_rho",
     "The two quantizers rank the configurations alike with rho = {:.2f}.",
     agreement.value,
-    within={"cifar10-resnet20": (0.5, 0.99)},
+    within={"cifar10-resnet20": (0.7, 0.9)},
     interval=(agreement.lo, agreement.hi),
     n=agreement.n,
+)
+
+# %%
+search, heldout = rounded.split()
+oracle = ranking.additive_oracle(
+    search.configs, search.half_a, heldout.configs, chapter.profile.choices
+)
+estimate = ranking.bootstrap_rho(
+    oracle.predictions, heldout.top1, rng=chapter.profile.rng("oracles")
+)
+chapter.claim(
+    "adaround_oracle",
+    "Under learned rounding the additive oracle ranks the held-out half with rho = {:.2f}.",
+    estimate.value,
+    within={"cifar10-resnet20": (0.85, 0.97)},
+    interval=(estimate.lo, estimate.hi),
+    n=estimate.n,
 )
 
 # %% [markdown]

@@ -47,7 +47,7 @@ COLUMNS = (
     "bops",
 )
 DRAWS = 2_000  # in each strip of the stratified sample
-SAMPLES = ("random", "stratified", "one-off", "uniform")
+SAMPLES = ("random", "stratified", "one-off", "uniform", "one-bit")
 MEASURED = ("top1", "loss", "correct_a", "correct_b", "n_a", "n_b")
 
 
@@ -150,8 +150,9 @@ def _tilted(table: np.ndarray, mean: float) -> np.ndarray:
 def design(profile: Profile, layers: pd.DataFrame) -> pd.DataFrame:
     """Return the configurations of a profile's bench, columns sample and bits; no configuration stands twice.
 
-    Samples: "uniform", "random", "one-off" (one layer of the middle uniform configuration changed) and "stratified"
-    (evenly spread in size).
+    Samples: "uniform", "random", "one-off" (one layer of the middle uniform configuration changed), "stratified" (evenly
+    spread in size) and, if the profile asks for it and rounding is learned, "one-bit" (random among all of
+    :func:`widths`).
     """
     size = size_cost(layers, profile.choices)
     slots = len(size.table)
@@ -162,9 +163,18 @@ def design(profile: Profile, layers: pd.DataFrame) -> pd.DataFrame:
     samples["stratified"] = stratified_configs(
         size, profile.choices, profile.stratified_configs, rng=profile.rng("stratified"), exclude=taken
     )
+    if (wider := widths(profile)) != profile.choices:
+        drawn = sample_configs(slots, wider, profile.one_bit_configs, rng=profile.rng("one-bit"))
+        samples["one-bit"] = drawn[len(wider) :]
     rows = pd.DataFrame([(sample, config) for sample, configs in samples.items() for config in configs])
     rows.columns = ["sample", "bits"]
     return rows[~rows["bits"].map(bits_text).duplicated()].reset_index(drop=True)
+
+
+def widths(profile: Profile) -> tuple[int, ...]:
+    """Return the widths that a profile's bench measures: its choices, and 1 bit if it has the sample "one-bit"."""
+    wider = profile.quantizer == "adaround" and profile.one_bit_configs > 0
+    return tuple(sorted({1, *profile.choices})) if wider else profile.choices
 
 
 def bits_text(config: Sequence[int]) -> str:
@@ -204,9 +214,10 @@ def build_bench(
     profile = dataclasses.replace(profile, quantizer=quantizer or profile.quantizer)
     with sole_writer(profile):
         started = time.perf_counter()
-        network, layers = load_network(profile, data)
+        choices = widths(profile)
+        network, layers = load_network(dataclasses.replace(profile, choices=choices), data)
         preparation = time.perf_counter() - started
-        rows, choices = design(profile, layers), profile.choices
+        rows = design(profile, layers)
         configs = np.stack(rows["bits"].to_numpy())
         before, seconds_before = _present_table(profile)
         known = before.set_index("key")[list(MEASURED)].to_dict("index")
@@ -335,7 +346,7 @@ class Bench:
         return self.table.iloc[rows[0]]
 
     def select(self, sample: str) -> Bench:
-        """Return the configurations of one sample: "uniform", "random", "one-off" or "stratified".
+        """Return the configurations of one sample, one of :data:`SAMPLES`.
 
         Raises:
             InvalidParameterError: the bench holds no such sample.

@@ -75,22 +75,26 @@ def _network(profile: Profile) -> dict[str, str]:
 
 def _bench(bench: Bench) -> dict[str, str]:
     """Describe the rows of one quantizer."""
-    table, name, random = bench.table, bench.profile.quantizer, bench.select("random")
+    table, name = bench.table, bench.profile.quantizer
     counts = table["sample"].value_counts()
     images = int(table["n_a"].iloc[0] + table["n_b"].iloc[0])
-    top1 = random.top1
-    ceiling = ranking.noise_ceiling(random.half_a, random.half_b, rng=bench.profile.rng("card"))
     search, heldout = bench.split()
     oracle = ranking.additive_oracle(search.configs, search.half_a, heldout.configs, bench.profile.choices)
     rho = ranking.bootstrap_rho(oracle.predictions, heldout.top1, rng=bench.profile.rng("card"))
     samples = ", ".join(f"{counts[sample]:,} {sample}" for sample in SAMPLES if sample in counts)
-    return {
-        f"{name}: rows": f"{samples}; each on {images:,} test images",
-        f"{name}: top-1": f"random {top1.min():.1f} to {top1.max():.1f} %, mean {top1.mean():.2f}, "
-        f"standard deviation {top1.std(ddof=1):.2f}",
-        f"{name}: halves agree": f"rho {_text(ceiling.halves)}; a perfect proxy would reach {_text(ceiling.perfect)}",
-        f"{name}: additive oracle": f"rho {_text(rho)}, held-out half",
-    }
+    rows = {f"{name}: rows": f"{samples}; each on {images:,} test images"}
+    for sample in ("random", "one-bit"):
+        if sample in counts:
+            some = bench.select(sample)
+            top1, ceiling = some.top1, ranking.noise_ceiling(some.half_a, some.half_b, rng=bench.profile.rng("card"))
+            rows[f"{name}, {sample}: top-1"] = (
+                f"{top1.min():.1f} to {top1.max():.1f} %, mean {top1.mean():.2f}, "
+                f"standard deviation {top1.std(ddof=1):.2f}"
+            )
+            rows[f"{name}, {sample}: halves agree"] = (
+                f"rho {_text(ceiling.halves)}; a perfect proxy would reach {_text(ceiling.perfect)}"
+            )
+    return rows | {f"{name}: additive oracle": f"rho {_text(rho)}, held-out half of the random ones"}
 
 
 def _text(estimate: ranking.RankEstimate) -> str:

@@ -58,6 +58,8 @@ class Profile:
         calibration_images: training images that statistics and ranges may see.
         bench_configs: distinct random configurations in the bench, uniform ones not counted.
         stratified_configs: configurations in the bench that are spread evenly in size.
+        one_bit_configs: random configurations, in the bench of learned rounding only, whose layers may also have 1 bit:
+            for studies where it leaves no more spread than the test images have noise.
         bench_images: test images that the bench is measured on, the first ones in canonical order; None: all.
         budgets: average bits at which configurations are allocated.
         evolution: budget of the evolutionary search.
@@ -77,6 +79,7 @@ class Profile:
     calibration_images: int = 1_024
     bench_configs: int = 425
     stratified_configs: int = 213
+    one_bit_configs: int = 0
     bench_images: int | None = None
     budgets: tuple[float, ...] = (2.25, 2.5, 3.0, 3.5)
     evolution: EvolutionBudget = field(default_factory=EvolutionBudget)
@@ -150,6 +153,7 @@ register(
         calibration_images=256,
         bench_configs=240,
         stratified_configs=120,
+        one_bit_configs=120,
         evolution=EvolutionBudget(population=30, iterations=300, seeds=3),
     )
 )
@@ -171,6 +175,7 @@ register(
         training=TrainingRecipe(epochs=20, max_lr=0.2),
         pinned=(),
         tied=tuple((f"layer{stage}.0.downsample.0", f"layer{stage}.0.conv2") for stage in (2, 3, 4)),
+        one_bit_configs=213,
         bench_images=2_000,
     )
 )
@@ -181,6 +186,7 @@ register(
         model="mobilenetv2-half",
         training=TrainingRecipe(epochs=12, max_lr=0.2, weight_decay=1e-4),
         pinned=(("features.0.0", 8), ("classifier.1", 8)),
+        one_bit_configs=213,
         bench_images=2_000,
     )
 )
@@ -191,6 +197,7 @@ register(
         model="vit-tiny",
         training=TrainingRecipe(epochs=40, max_lr=0.05, weight_decay=1e-4),
         pinned=(("patches", 8), ("head", 8)),
+        one_bit_configs=213,
         bench_images=2_000,
     )
 )

@@ -173,7 +173,7 @@ def test_no_configuration_stands_twice(study, profile):
 
 def test_a_second_quantizer_stands_beside_the_first(own_study, profile, data, monkeypatch):
     monkeypatch.setattr(reconstruction, "ITERATIONS", 100)
-    few = dataclasses.replace(profile, bench_configs=30, stratified_configs=15)
+    few = dataclasses.replace(profile, bench_configs=30, stratified_configs=15, one_bit_configs=10)
     nearest = bench.Bench.load(profile).table
     with pytest.raises(MissingArtefactError, match="no rows of 'adaround', only of rtn"):
         bench.Bench.load(profile, quantizer="adaround")
@@ -184,6 +184,12 @@ def test_a_second_quantizer_stands_beside_the_first(own_study, profile, data, mo
     assert len(both) > 30
     assert not set(both["key_ada"]) & set(both["key_rtn"])
     assert both["top1_ada"].mean() > both["top1_rtn"].mean()
+    one_bit = reconstructed.select("one-bit")
+    assert len(one_bit) == 10
+    assert set(np.unique(one_bit.configs)) == {1, 2, 3, 4}
+    assert set(np.unique(reconstructed.select("random").configs)) == {2, 3, 4}
+    assert one_bit.top1.mean() < reconstructed.select("random").top1.mean()
+    assert one_bit.table["size_bytes"].min() < reconstructed.select("uniform").table["size_bytes"].min()
 
 
 def test_filtering_sampling_and_the_best_under_a_budget(study, profile):

@@ -11,7 +11,7 @@ def test_a_card_says_what_the_study_holds(study, profile):
     assert card["rtn: rows"].startswith(f"{profile.bench_configs} random, {profile.stratified_configs} stratified")
     assert card["rtn: rows"].endswith(f"each on {table['n_a'].iloc[0] + table['n_b'].iloc[0]} test images")
     top1 = table.loc[table["sample"] == "random", "top1"]
-    assert card["rtn: top-1"].startswith(f"random {top1.min():.1f} to {top1.max():.1f} %")
+    assert card["rtn, random: top-1"].startswith(f"{top1.min():.1f} to {top1.max():.1f} %")
     assert "adaround: rows" not in card
     assert "epochs" in card["limits"]
 
