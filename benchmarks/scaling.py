@@ -27,7 +27,7 @@ from emq_lib.models import INPUT_SHAPES, build_model, fold_batchnorm, layer_tabl
 from emq_lib.profiles import get_profile, profile_names
 
 RESULTS = pathlib.Path(__file__).with_suffix(".json")
-WORK = 4e12  # multiply-accumulates of one run, before sharing
+WORK = 1e12  # multiply-accumulates of one run, before sharing
 
 
 def run(name: str, configs: int) -> dict[str, object]:

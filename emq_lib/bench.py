@@ -150,8 +150,8 @@ def _tilted(table: np.ndarray, mean: float) -> np.ndarray:
 def design(profile: Profile, layers: pd.DataFrame) -> pd.DataFrame:
     """Return the configurations of a profile's bench, columns sample and bits; no configuration stands twice.
 
-    Samples: "uniform", "random", "one-off" (one layer of the middle uniform configuration changed), "stratified" (evenly
-    spread in size) and, if the profile asks for it and rounding is learned, "one-bit" (random among all of
+    Samples: "uniform", "random", "one-off" (one layer of the middle uniform configuration changed), "stratified"
+    (evenly spread in size) and, if the profile asks for it and rounding is learned, "one-bit" (random among all of
     :func:`widths`).
     """
     size = size_cost(layers, profile.choices)

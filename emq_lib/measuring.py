@@ -34,6 +34,7 @@ from emq_lib.profiles import Profile
 from emq_lib.quantizers import QuantizedNetwork
 
 BLOCK, BATCH = 32, 25
+MEMORY = 20 * 2**20  # bytes that the largest output of a layer may take, so that it stays near the processor
 PARTIAL = "measured.partial.jsonl"
 
 
@@ -58,7 +59,7 @@ class Measurement:
 
 
 def measure(
-    network: QuantizedNetwork, split: Split, configs: np.ndarray, *, batch_size: int = BATCH
+    network: QuantizedNetwork, split: Split, configs: np.ndarray, *, batch_size: int | None = None
 ) -> Iterator[list[Measurement]]:
     """Measure configurations on every image of a split, block by block, in lexicographic order.
 
@@ -69,7 +70,7 @@ def measure(
         network: the quantized network; its selected configuration changes.
         split: images and labels.
         configs: bits, shape (N, S).
-        batch_size: images per forward pass.
+        batch_size: images per forward pass; by default 25, fewer where a layer's output would take more than 20 MiB.
 
     Yields:
         the measurements of up to 32 configurations.
@@ -90,8 +91,9 @@ def _blocks(network: QuantizedNetwork, configs: np.ndarray) -> list[list[tuple[i
 
 @torch.inference_mode()
 def _measure_block(
-    network: QuantizedNetwork, split: Split, block: Sequence[tuple[int, ...]], batch_size: int
+    network: QuantizedNetwork, split: Split, block: Sequence[tuple[int, ...]], batch_size: int | None = None
 ) -> list[Measurement]:
+    batch_size = batch_size or _batch_size(network, split)
     pieces = network.pieces
     slot_of = dict(zip(network.bank.searchable, network.bank.slots, strict=True))
     depth = [max((slot_of[name] for name in names if name in slot_of), default=-1) + 1 for _, names in pieces]
@@ -113,6 +115,19 @@ def _measure_block(
     return [
         Measurement(config, hits, loss / len(split)) for config, hits, loss in zip(block, correct, losses, strict=True)
     ]
+
+
+def _batch_size(network: QuantizedNetwork, split: Split) -> int:
+    """Return how many images go through the network at once; one image tells how much memory its layers take."""
+    sizes = []
+    handles = [
+        layer.register_forward_hook(lambda _layer, _inputs, output: sizes.append(output.nbytes))
+        for layer in network.layers.values()
+    ]
+    network(split[:1].inputs())
+    for handle in handles:
+        handle.remove()
+    return max(1, min(BATCH, MEMORY // max(sizes)))
 
 
 def _shared_pieces(previous: tuple[int, ...], config: tuple[int, ...], depth: np.ndarray) -> int:
@@ -248,7 +263,7 @@ def _measure_remotely(parts: tuple, block: Sequence[tuple[int, ...]]) -> list[Me
             model.load_state_dict(state)
             network = QuantizedNetwork(fold_batchnorm(model), bank, activation_ranges)
             _ON_WORKER.update(parts=parts, network=network)
-        return _measure_block(_ON_WORKER["network"], split, block, BATCH)
+        return _measure_block(_ON_WORKER["network"], split, block)
 
 
 def row_keys(profile: Profile, data: ImageData, images: int, configs: np.ndarray) -> list[str]:

@@ -239,6 +239,51 @@ def plot_samples(samples: Mapping[str, pd.DataFrame], *, ax: Axes | None = None)
     return ax
 
 
+def plot_growth(runs: Mapping[str, pd.DataFrame], *, ax: Axes | None = None) -> Axes:
+    """Draw seconds against the number of configurations, one line per study, on logarithmic axes.
+
+    Dashed is growth in proportion from each line's first point.
+
+    Args:
+        runs: study -> columns configurations and seconds, increasing.
+        ax: axes to draw on.
+    """
+    ax = ax or plt.gca()
+    for name, run in runs.items():
+        x, y = run["configurations"].to_numpy(), run["seconds"].to_numpy()
+        (line,) = ax.loglog(x, y, "o-", markersize=5)
+        ax.loglog(x, y[0] * x / x[0], "--", color=line.get_color(), linewidth=0.8)
+        ax.annotate(
+            name,
+            (x[-1], y[-1]),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=line.get_color(),
+        )
+    ax.set(xlabel="configurations", ylabel="seconds")
+    ax.margins(x=0.35)
+    return ax
+
+
+def plot_sizes(sizes: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Draw the time of one configuration on one image against a network's multiply-accumulates, on logarithmic axes.
+
+    Args:
+        sizes: index profile, columns "MACs per image" and "microseconds" of one configuration on one image.
+        ax: axes to draw on.
+    """
+    ax = ax or plt.gca()
+    ax.loglog(sizes["MACs per image"], sizes["microseconds"], "o", color="#0072b2")
+    for name, row in sizes.iterrows():
+        place = {"xytext": (6, -3), "textcoords": "offset points"}
+        ax.annotate(name, (row["MACs per image"], row["microseconds"]), fontsize=8, **place)
+    ax.set(xlabel="multiply-accumulates for one image", ylabel="microseconds")
+    ax.margins(x=0.3)
+    return ax
+
+
 def plot_interactions(effects: np.ndarray, marks: np.ndarray, *, names: Sequence[str], ax: Axes | None = None) -> Axes:
     """Draw the interaction of every pair of layers as a coloured square, with dots on the marked pairs.
 

@@ -73,6 +73,20 @@ def test_sharing_computation_changes_no_bit(study, profile, data):
             assert item.loss == pytest.approx(truth, rel=1e-9)
 
 
+def test_less_memory_means_fewer_images_at_once_and_the_same_answers(study, profile, data, monkeypatch):
+    network, _ = measuring.load_network(profile, data)
+    config = np.array([[2, 3, 4, 4, 3, 2]])
+    ((plenty,),) = measuring.measure(network, data.test, config)
+    seen = []
+    next(iter(network.layers.values())).register_forward_hook(lambda _layer, inputs, _output: seen.append(len(*inputs)))
+    widest = 8 * 16 * 16 * 4  # bytes that an image takes after the first layer
+    monkeypatch.setattr(measuring, "MEMORY", 3 * widest + widest // 2)
+    ((little,),) = measuring.measure(network, data.test, config)
+    assert max(seen) == 3
+    np.testing.assert_array_equal(little.correct, plenty.correct)
+    assert little.loss == pytest.approx(plenty.loss, rel=1e-12)
+
+
 def test_rows_are_what_the_words_say(study, profile):
     table = bench.Bench.load(profile).table
     assert len(table) > profile.bench_configs + profile.stratified_configs + 3
