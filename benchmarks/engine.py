@@ -66,13 +66,19 @@ def engine(profile, data, split: Split, configs: np.ndarray) -> np.ndarray:
     return np.stack([found[tuple(map(int, config))] for config in configs])
 
 
-def two_workers(profile, data, split: Split, configs: np.ndarray) -> np.ndarray:
-    """Do the same on two workers of one thread each; starting them counts."""
+def on_workers(profile, data, split: Split, configs: np.ndarray, scheduler: str) -> np.ndarray:
+    """Do the same on the workers of a scheduler."""
     network, _ = measuring.load_network(profile, data)
-    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
-        blocks = measuring.measure_anywhere(profile, network, split, configs, cluster.scheduler_address)
-        found = {item.config: item.correct for block in blocks for item in block}
+    blocks = measuring.measure_anywhere(profile, network, split, configs, scheduler)
+    found = {item.config: item.correct for block in blocks for item in block}
     return np.stack([found[tuple(map(int, config))] for config in configs])
+
+
+def two_workers(profile, data, split: Split, configs: np.ndarray) -> tuple[float, np.ndarray]:
+    """Return wall seconds and the answers of two started workers of one thread each, which build the network first."""
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        on_workers(profile, data, split[:1], configs[: 2 * measuring.BLOCK], cluster.scheduler_address)  # they import
+        return timed(on_workers, profile, data, split, configs, cluster.scheduler_address)
 
 
 def timed(function: Callable, *arguments: object) -> tuple[float, np.ndarray]:
@@ -109,7 +115,7 @@ def run(name: str, *, images: int, configs: int, growth: tuple[int, ...], worker
         spent, _ = timed(engine, profile, data, split, drawn[:count])
         grown.append({"configurations": count, "seconds": spent, "peak memory so far in MiB": peak_memory()})
     spent, correct = timed(engine, profile, data, split, drawn[:workers])
-    shared, distributed = timed(two_workers, profile, data, split, drawn[:workers])
+    shared, distributed = two_workers(profile, data, split, drawn[:workers])
     if not np.array_equal(correct, distributed):
         raise SystemExit("Two workers give other answers than one process.")
     return {

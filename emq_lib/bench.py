@@ -68,7 +68,7 @@ def sample_configs(slots: int, choices: Sequence[int], count: int, *, rng: np.ra
     Raises:
         InvalidParameterError: there are not that many different configurations.
     """
-    possible = len(choices) ** slots - len(choices)
+    possible = len(choices) ** int(slots) - len(choices)
     if count > possible:
         raise InvalidParameterError(f"asked for {count} configurations, but only {possible} are not uniform.")
     found = {(bits,) * slots: None for bits in choices}

@@ -29,7 +29,7 @@ from emq_lib.artefacts import atomic_path, checked_path, named_when_full, sha256
 from emq_lib.costs import choice_indices
 from emq_lib.datasets import ImageData, Split
 from emq_lib.errors import DatasetMismatchError
-from emq_lib.models import build_model, fold_batchnorm, layer_table, load_checkpoint
+from emq_lib.models import build_model, fold_batchnorm, layer_table, load_checkpoint, segments
 from emq_lib.profiles import Profile
 from emq_lib.quantizers import QuantizedNetwork
 
@@ -96,8 +96,7 @@ def _measure_block(
     batch_size = batch_size or _batch_size(network, split)
     pieces = network.pieces
     slot_of = dict(zip(network.bank.searchable, network.bank.slots, strict=True))
-    depth = [max((slot_of[name] for name in names if name in slot_of), default=-1) + 1 for _, names in pieces]
-    depth = np.maximum.accumulate(depth)  # bits that the output of each piece depends on
+    depth = _depth([names for _, names in pieces], slot_of)
     correct = np.empty((len(block), len(split)), dtype=bool)
     losses = np.zeros(len(block))
     for first in range(0, len(split), batch_size):
@@ -128,6 +127,31 @@ def _batch_size(network: QuantizedNetwork, split: Split) -> int:
     for handle in handles:
         handle.remove()
     return max(1, min(BATCH, MEMORY // max(sizes)))
+
+
+def planned_macs(model: torch.fx.GraphModule, layers: pd.DataFrame, configs: np.ndarray) -> int:
+    """Return the multiply-accumulates for one image that measuring configurations takes, shared ones counted once.
+
+    Args:
+        model: network with folded batch norm.
+        layers: its layer table.
+        configs: bits, shape (N, S).
+    """
+    names = [names for _, names in segments(model, list(layers["name"]))]
+    macs = layers.set_index("name")["macs"]
+    rest = np.cumsum([macs[list(held)].sum() for held in names][::-1])[::-1]  # of a piece and all after it
+    depth = _depth(names, layers[layers["searchable"]].set_index("name")["slot"].to_dict())
+    ordered = sorted(tuple(map(int, config)) for config in configs)
+    starts = [
+        _shared_pieces(ordered[row - 1], config, depth) if row % BLOCK else 0 for row, config in enumerate(ordered)
+    ]
+    return int(rest[starts].sum())
+
+
+def _depth(pieces: Sequence[Sequence[str]], slot_of: Mapping[str, int]) -> np.ndarray:
+    """Return how many bits of a configuration the output of each piece depends on, pieces given by their layers."""
+    deepest = [max((slot_of[name] for name in names if name in slot_of), default=-1) + 1 for names in pieces]
+    return np.maximum.accumulate(deepest)
 
 
 def _shared_pieces(previous: tuple[int, ...], config: tuple[int, ...], depth: np.ndarray) -> int:

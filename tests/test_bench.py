@@ -87,6 +87,17 @@ def test_less_memory_means_fewer_images_at_once_and_the_same_answers(study, prof
     assert little.loss == pytest.approx(plenty.loss, rel=1e-12)
 
 
+def test_the_planned_work_is_what_runs(study, profile, data):
+    network, layers = measuring.load_network(profile, data)
+    configs = bench.sample_configs(6, profile.choices, 60, rng=np.random.default_rng(5))
+    macs, ran = layers.set_index("name")["macs"], []
+    for name, layer in network.layers.items():
+        layer.register_forward_hook(lambda _layer, _inputs, _output, name=name: ran.append(macs[name]))
+    assert sum(len(block) for block in measuring.measure(network, data.test[:4], configs, batch_size=4)) == 63
+    fresh = fold_batchnorm(load_checkpoint(profile, study / "model.safetensors"))
+    assert measuring.planned_macs(fresh, layers, configs) == sum(ran) < 63 * macs.sum()
+
+
 def test_rows_are_what_the_words_say(study, profile):
     table = bench.Bench.load(profile).table
     assert len(table) > profile.bench_configs + profile.stratified_configs + 3
