@@ -704,7 +704,7 @@ chapter.claim(
     "order_rho",
     "Bank and reconstruction in order rank these configurations alike with rho = {:.2f}.",
     rho,
-    within={"cifar10-resnet20": (0.3, 0.999)},
+    within={"cifar10-resnet20": (0, 0.6)},
     interval=ranking.sampling_interval(rho, len(in_order)),
     n=len(in_order),
 )
@@ -714,12 +714,40 @@ difference = stats.ttest_1samp(in_order - from_bank, 0)
 low, high = difference.confidence_interval()
 chapter.claim(
     "order_gain",
-    "The reconstruction in order is {:+.2f} points of top-1 away from the bank.",
+    "Reconstruction in order is {:+.2f} points of top-1 from the bank.",
     (in_order - from_bank).mean(),
-    within={"cifar10-resnet20": (-1, 3)},
+    within={"cifar10-resnet20": (1, 4)},
     interval=(low, high),
     n=len(in_order),
 )
+
+# %% [markdown]
+# Why do they hardly agree? Because there is hardly anything left to agree on:
+
+# %%
+chapter.claim(
+    "order_sd",
+    "After reconstruction in order the standard deviation over these configurations is {:.2f} points.",
+    in_order.std(ddof=1),
+    within={"cifar10-resnet20": (0, 0.5)},
+    n=len(in_order),
+)
+
+# %%
+rows = again[again["quantizer"] == "in order"]
+rho = ranking.spearman(rows["correct_a"], rows["correct_b"])
+chapter.claim(
+    "order_halves",
+    "The two halves of the test images rank them alike with rho = {:.2f}.",
+    rho,
+    within={"cifar10-resnet20": (0, 0.8)},
+    interval=ranking.sampling_interval(rho, len(rows)),
+    n=len(rows),
+)
+
+# %% [markdown]
+# So this check neither confirms nor refutes the bank's order. It says something else: reconstruct well enough, and at these widths
+# it hardly matters which layer gets which.
 
 # %% [markdown]
 # ## Other networks
@@ -793,6 +821,9 @@ best and chapter.claim(
 #   standard deviation. An order is still there to be found (a perfect proxy would reach {glue:text}`adaround_ceiling:.3f`, the
 #   additive oracle {glue:text}`adaround_oracle:.2f`), but it is another order: rho between the two quantizers is
 #   {glue:text}`quantizers_rho:.2f`. A proxy that was judged under rounding to nearest has not been judged under learned rounding.
+# - Reconstruction in order, which no bank can give, is {glue:text}`order_gain:+.1f` points from it ({glue:text}`order_gain_lo:+.1f` to
+#   {glue:text}`order_gain_hi:+.1f`) and leaves {glue:text}`order_sd:.2f` points of standard deviation: at 2 to 4 bits there is then little to
+#   choose.
 # - What accuracies say about one network's layers is hardly better than counting bits when it is carried over to another network by
 #   depth. Sensitivity belongs to the network.
 #
@@ -800,8 +831,8 @@ best and chapter.claim(
 #
 # - One network, trained once, on one data set. The section on other networks carries tables over by depth alone; a carriage that knows
 #   more of the layers (stage, kind, number of weights) may do better.
-# - Learned rounding is judged with settings that fit a laptop. More iterations, or reconstruction in order as a rule, lift the worst
-#   configurations further and shrink the differences.
+# - Learned rounding is judged with settings that fit a laptop, and reconstruction in order on twenty configurations. Twenty that
+#   differ by less than the images' luck cannot tell whether the bank's order is the order of better quantizers.
 # - The next two chapters judge proxies on the random sample, which crowds around the mean size. Budgets are met at the edges.
 #
 # How each file of this study was made:

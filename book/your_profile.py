@@ -215,7 +215,9 @@ except UnsupportedModelError as error:
 # make book PROFILE=digits-plain REBUILD=1
 # ```
 #
-# runs every chapter on it. On several machines, start a scheduler and workers of `dask.distributed` and give the address to
+# runs every chapter on it. Chapter 01 then also measures the same configurations under learned rounding
+# (`build_bench(..., quantizer="adaround")`) and some of them with other calibration images and reconstructed in order
+# (`checks.build_checks`, which needs three times as many training images as there are calibration images). On several machines, start a scheduler and workers of `dask.distributed` and give the address to
 # `build_bench(profile, images, scheduler="tcp://...")`: workers need this package with your entries, but no images and no files of the
 # study.
 #

@@ -276,8 +276,8 @@ def plot_sizes(sizes: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """
     ax = ax or plt.gca()
     ax.loglog(sizes["MACs per image"], sizes["microseconds"], "o", color="#0072b2")
-    for name, row in sizes.iterrows():
-        place = {"xytext": (6, -3), "textcoords": "offset points"}
+    for line, (name, row) in enumerate(sizes.sort_values("microseconds").iterrows()):
+        place = {"xytext": (4, -12 if line % 2 else 5), "textcoords": "offset points"}
         ax.annotate(name, (row["MACs per image"], row["microseconds"]), fontsize=8, **place)
     ax.set(xlabel="multiply-accumulates for one image", ylabel="microseconds")
     ax.margins(x=0.3)
