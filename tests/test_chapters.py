@@ -29,6 +29,7 @@ def test_the_study_is_complete(build):
         "model.safetensors",
         "layers.csv",
         "bench.parquet",
+        "checks.csv",
         "statistics.safetensors",
         "proxies.parquet",
         "proxies.json",
