@@ -634,7 +634,8 @@ rows = [
     }
     for name, some in compared.items()
 ]
-show_table(pd.DataFrame(rows))
+table = pd.DataFrame(rows).set_index("random configurations under")
+show_table(table.T.rename_axis(index=table.index.name).reset_index())
 
 # %%
 chapter.claim(
@@ -714,7 +715,7 @@ difference = stats.ttest_1samp(in_order - from_bank, 0)
 low, high = difference.confidence_interval()
 chapter.claim(
     "order_gain",
-    "Reconstruction in order is {:+.2f} points of top-1 from the bank.",
+    "Reconstruction in order changes top-1 by {:+.2f} points against the bank.",
     (in_order - from_bank).mean(),
     within={"cifar10-resnet20": (1, 4)},
     interval=(low, high),
@@ -783,9 +784,11 @@ for target in studies:
         )
         for source, table in tables.items()
     }
-show_table(
-    pd.DataFrame(transfer).map(str).rename_axis("fitted on").reset_index()
+shown = pd.DataFrame(transfer).map(
+    lambda rho: f"{rho.value:.2f} [{rho.lo:.2f}, {rho.hi:.2f}]"
 )
+shown.loc["n"] = [len(study.split()[1]) for study in studies]
+show_table(shown.rename_axis("fitted on").reset_index())
 
 # %%
 here = transfer[chapter.profile.name]
@@ -821,9 +824,9 @@ best and chapter.claim(
 #   standard deviation. An order is still there to be found (a perfect proxy would reach {glue:text}`adaround_ceiling:.3f`, the
 #   additive oracle {glue:text}`adaround_oracle:.2f`), but it is another order: rho between the two quantizers is
 #   {glue:text}`quantizers_rho:.2f`. A proxy that was judged under rounding to nearest has not been judged under learned rounding.
-# - Reconstruction in order, which no bank can give, is {glue:text}`order_gain:+.1f` points from it ({glue:text}`order_gain_lo:+.1f` to
-#   {glue:text}`order_gain_hi:+.1f`) and leaves {glue:text}`order_sd:.2f` points of standard deviation: at 2 to 4 bits there is then little to
-#   choose.
+# - Reconstruction in order, which no bank can give, changes top-1 by another {glue:text}`order_gain:+.1f` points
+#   ({glue:text}`order_gain_lo:+.1f` to {glue:text}`order_gain_hi:+.1f`) and leaves {glue:text}`order_sd:.2f` points of standard deviation: at 2
+#   to 4 bits there is then little to choose.
 # - What accuracies say about one network's layers is hardly better than counting bits when it is carried over to another network by
 #   depth. Sensitivity belongs to the network.
 #
