@@ -59,15 +59,8 @@ def _torchs_fake_quantize(activation_range: quantizers.ActivationRange) -> Calla
     return hook
 
 
-def engine(profile, data, split: Split, configs: np.ndarray) -> np.ndarray:
+def engine(profile, data, split: Split, configs: np.ndarray, scheduler: str | None = None) -> np.ndarray:
     """Return whether each image is classified correctly (N, images), bank and ranges built first."""
-    network, _ = measuring.load_network(profile, data)
-    found = {item.config: item.correct for block in measuring.measure(network, split, configs) for item in block}
-    return np.stack([found[tuple(map(int, config))] for config in configs])
-
-
-def on_workers(profile, data, split: Split, configs: np.ndarray, scheduler: str) -> np.ndarray:
-    """Do the same on the workers of a scheduler."""
     network, _ = measuring.load_network(profile, data)
     blocks = measuring.measure_anywhere(profile, network, split, configs, scheduler)
     found = {item.config: item.correct for block in blocks for item in block}
@@ -77,8 +70,8 @@ def on_workers(profile, data, split: Split, configs: np.ndarray, scheduler: str)
 def two_workers(profile, data, split: Split, configs: np.ndarray) -> tuple[float, np.ndarray]:
     """Return wall seconds and the answers of two started workers of one thread each, which build the network first."""
     with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
-        on_workers(profile, data, split[:1], configs[: 2 * measuring.BLOCK], cluster.scheduler_address)  # they import
-        return timed(on_workers, profile, data, split, configs, cluster.scheduler_address)
+        engine(profile, data, split[:1], configs[: 2 * measuring.BLOCK], cluster.scheduler_address)  # they import
+        return timed(engine, profile, data, split, configs, cluster.scheduler_address)
 
 
 def timed(function: Callable, *arguments: object) -> tuple[float, np.ndarray]:

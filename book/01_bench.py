@@ -698,7 +698,8 @@ chapter.claim(
 # bank's shortcut misleads.
 
 # %%
-in_order = again[again["quantizer"] == "in order"].set_index("bits")["top1"]
+rows = again[again["quantizer"] == "in order"]
+in_order = rows.set_index("bits")["top1"]
 from_bank = by_draw["adaround"][0].loc[in_order.index]
 rho = ranking.spearman(from_bank.to_numpy(), in_order.to_numpy())
 chapter.claim(
@@ -735,7 +736,6 @@ chapter.claim(
 )
 
 # %%
-rows = again[again["quantizer"] == "in order"]
 rho = ranking.spearman(rows["correct_a"], rows["correct_b"])
 chapter.claim(
     "order_halves",
@@ -764,15 +764,14 @@ studies = [
     if bench.has_study(profile, "bench.parquet")
     and profile.choices == chapter.profile.choices
 ]
+halves = [study.split() for study in studies]
 tables = {"bit sum": np.array([chapter.profile.choices])}
-for study in studies:
-    search, heldout = study.split()
+for study, (search, heldout) in zip(studies, halves, strict=True):
     tables[study.profile.name] = ranking.additive_oracle(
         search.configs, search.half_a, heldout.configs, study.profile.choices
     ).table
 transfer = {}
-for target in studies:
-    _, heldout = target.split()
+for target, (_, heldout) in zip(studies, halves, strict=True):
     slots, choices = heldout.configs.shape[1], target.profile.choices
     transfer[target.profile.name] = {
         source: ranking.bootstrap_rho(
@@ -787,7 +786,7 @@ for target in studies:
 shown = pd.DataFrame(transfer).map(
     lambda rho: f"{rho.value:.2f} [{rho.lo:.2f}, {rho.hi:.2f}]"
 )
-shown.loc["n"] = [len(study.split()[1]) for study in studies]
+shown.loc["n"] = [len(heldout) for _, heldout in halves]
 show_table(shown.rename_axis("fitted on").reset_index())
 
 # %%
