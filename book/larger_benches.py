@@ -33,6 +33,7 @@ PROFILE = "cifar10-resnet20"  # this page shows every study that was timed
 REBUILD = False  # nothing to compute here
 
 # %% tags=["hide-input"]
+import functools
 import json
 
 import matplotlib.pyplot as plt
@@ -43,7 +44,7 @@ from emq_lib.artefacts import REPOSITORY
 from emq_lib.bench import sample_configs
 from emq_lib.measuring import planned_macs
 from emq_lib.models import build_model, fold_batchnorm, layer_table
-from emq_lib.profiles import get_profile
+from emq_lib.profiles import Profile, get_profile
 from emq_lib.report import (
     plot_growth,
     plot_sizes,
@@ -51,6 +52,7 @@ from emq_lib.report import (
     show_table,
     start_chapter,
 )
+from torch.fx import GraphModule
 
 chapter = start_chapter("larger_benches", PROFILE, REBUILD)
 engine, scaling = (
@@ -132,11 +134,17 @@ show_source(measuring.planned_macs)
 
 
 # %%
+@functools.cache
+def network_of(profile: Profile) -> tuple[GraphModule, pd.DataFrame]:
+    """Network with random weights, and its layer table."""
+    model = fold_batchnorm(build_model(profile))
+    return model, layer_table(model, profile)
+
+
 def planned(name: str, count: int) -> int:
     """Multiply-accumulates of this many random configurations, for one image."""
     profile = get_profile(name)
-    model = fold_batchnorm(build_model(profile))
-    layers = layer_table(model, profile)
+    model, layers = network_of(profile)
     rng, slots = profile.rng("benchmark"), layers["slot"].max() + 1
     drawn = sample_configs(slots, profile.choices, count, rng=rng)
     return planned_macs(model, layers, drawn[len(profile.choices) :])

@@ -78,6 +78,7 @@ def measure(
     Raises:
         ConfigLengthError, InvalidBitsError: see :func:`emq_lib.costs.choice_indices`.
     """
+    batch_size = batch_size or _batch_size(network, split)
     for block in _blocks(network, configs):
         yield _measure_block(network, split, block, batch_size)
 
@@ -91,9 +92,8 @@ def _blocks(network: QuantizedNetwork, configs: np.ndarray) -> list[list[tuple[i
 
 @torch.inference_mode()
 def _measure_block(
-    network: QuantizedNetwork, split: Split, block: Sequence[tuple[int, ...]], batch_size: int | None = None
+    network: QuantizedNetwork, split: Split, block: Sequence[tuple[int, ...]], batch_size: int
 ) -> list[Measurement]:
-    batch_size = batch_size or _batch_size(network, split)
     pieces = network.pieces
     slot_of = dict(zip(network.bank.searchable, network.bank.slots, strict=True))
     depth = _depth([names for _, names in pieces], slot_of)
@@ -116,6 +116,7 @@ def _measure_block(
     ]
 
 
+@torch.inference_mode()
 def _batch_size(network: QuantizedNetwork, split: Split) -> int:
     """Return how many images go through the network at once; one image tells how much memory its layers take."""
     sizes = []
@@ -286,8 +287,8 @@ def _measure_remotely(parts: tuple, block: Sequence[tuple[int, ...]]) -> list[Me
             model = build_model(profile)
             model.load_state_dict(state)
             network = QuantizedNetwork(fold_batchnorm(model), bank, activation_ranges)
-            _ON_WORKER.update(parts=parts, network=network)
-        return _measure_block(_ON_WORKER["network"], split, block)
+            _ON_WORKER.update(parts=parts, network=network, batch_size=_batch_size(network, split))
+        return _measure_block(_ON_WORKER["network"], split, block, _ON_WORKER["batch_size"])
 
 
 def row_keys(profile: Profile, data: ImageData, images: int, configs: np.ndarray) -> list[str]:
