@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import pathlib
 import time
 from collections.abc import Iterable, Sequence
@@ -46,6 +47,7 @@ COLUMNS = (
     "size_bytes",
     "bops",
 )
+ONE_BIT_LAYERS = 3  # at most, in a configuration of the sample "one-bit"
 DRAWS = 2_000  # in each strip of the stratified sample
 SAMPLES = ("random", "stratified", "one-off", "uniform", "one-bit")
 MEASURED = ("top1", "loss", "correct_a", "correct_b", "n_a", "n_b")
@@ -84,6 +86,37 @@ def one_off_configs(slots: int, choices: Sequence[int]) -> np.ndarray:
     for slot in range(slots):
         configs[slot, :, slot] = [bits for bits in choices if bits != middle]
     return configs.reshape(-1, slots)
+
+
+def one_bit_configs(slots: int, choices: Sequence[int], count: int, *, rng: np.random.Generator) -> np.ndarray:
+    """Return distinct random configurations in which one, two or three layers, as often each, have 1 bit instead.
+
+    Few enough that the network still works: with every layer free to have 1 bit, most configurations guess. A larger
+    count extends a smaller one.
+
+    Args:
+        slots: S, the number of searchable layers.
+        choices: the B widths of the other layers, 1 not among them.
+        count: how many.
+        rng: source of randomness.
+
+    Returns:
+        int8 array of shape (count, S).
+
+    Raises:
+        InvalidParameterError: there are not that many different configurations.
+    """
+    slots = int(slots)
+    most = min(ONE_BIT_LAYERS, slots)
+    possible = sum(math.comb(slots, few) * len(choices) ** (slots - few) for few in range(1, most + 1))
+    if count > possible // 2:
+        raise InvalidParameterError(f"asked for {count} of {possible} configurations with 1 to {most} layers at 1 bit.")
+    found: dict[tuple[int, ...], None] = {}
+    while len(found) < count:
+        config = rng.choice(choices, size=slots)
+        config[rng.choice(slots, size=rng.integers(1, most + 1), replace=False)] = 1
+        found.setdefault(tuple(map(int, config)), None)
+    return np.array(list(found), dtype=np.int8)
 
 
 def stratified_configs(
@@ -151,8 +184,8 @@ def design(profile: Profile, layers: pd.DataFrame) -> pd.DataFrame:
     """Return the configurations of a profile's bench, columns sample and bits; no configuration stands twice.
 
     Samples: "uniform", "random", "one-off" (one layer of the middle uniform configuration changed), "stratified"
-    (evenly spread in size) and, if the profile asks for it and rounding is learned, "one-bit" (random among all of
-    :func:`widths`).
+    (evenly spread in size) and, if the profile asks for it and rounding is learned, "one-bit" (one to three layers at
+    1 bit, the others random).
     """
     size = size_cost(layers, profile.choices)
     slots = len(size.table)
@@ -163,9 +196,9 @@ def design(profile: Profile, layers: pd.DataFrame) -> pd.DataFrame:
     samples["stratified"] = stratified_configs(
         size, profile.choices, profile.stratified_configs, rng=profile.rng("stratified"), exclude=taken
     )
-    if (wider := widths(profile)) != profile.choices:
-        drawn = sample_configs(slots, wider, profile.one_bit_configs, rng=profile.rng("one-bit"))
-        samples["one-bit"] = drawn[len(wider) :]
+    if widths(profile) != profile.choices:
+        count, rng = profile.one_bit_configs, profile.rng("one-bit")
+        samples["one-bit"] = one_bit_configs(slots, profile.choices, count, rng=rng)
     rows = pd.DataFrame([(sample, config) for sample, configs in samples.items() for config in configs])
     rows.columns = ["sample", "bits"]
     return rows[~rows["bits"].map(bits_text).duplicated()].reset_index(drop=True)
@@ -394,13 +427,14 @@ class Bench:
         """Return a copy of the table, to change at will."""
         return self.table.copy()
 
-    def split(self, rng: np.random.Generator | None = None) -> tuple[Bench, Bench]:
-        """Return the search half and the held-out half of the random configurations.
+    def split(self, sample: str = "random", *, rng: np.random.Generator | None = None) -> tuple[Bench, Bench]:
+        """Return the search half and the held-out half of a sample's configurations.
 
         Args:
+            sample: one of :data:`SAMPLES`.
             rng: source of the split; by default the study's own stream, so that every chapter sees the same halves.
         """
-        table = self.select("random").table
+        table = self.select(sample).table
         order = (rng or self.profile.rng("split")).permutation(len(table))
         halves = np.sort(order[: len(table) // 2]), np.sort(order[len(table) // 2 :])
         search, heldout = (Bench(self.profile, table.iloc[half].reset_index(drop=True)) for half in halves)

@@ -58,8 +58,8 @@ class Profile:
         calibration_images: training images that statistics and ranges may see.
         bench_configs: distinct random configurations in the bench, uniform ones not counted.
         stratified_configs: configurations in the bench that are spread evenly in size.
-        one_bit_configs: random configurations, in the bench of learned rounding only, whose layers may also have 1 bit:
-            for studies where it leaves no more spread than the test images have noise.
+        one_bit_configs: configurations with one to three layers at 1 bit, in the bench of learned rounding only: for
+            studies where it leaves no more spread than the test images have noise.
         bench_images: test images that the bench is measured on, the first ones in canonical order; None: all.
         budgets: average bits at which configurations are allocated.
         evolution: budget of the evolutionary search.
