@@ -1,4 +1,4 @@
-"""The held-out table: what every score table is worth on configurations that nobody looked at while choosing it.
+"""The held-out table: what every proxy is worth on configurations that nobody looked at while choosing it.
 
 Explained in chapters 02 and 03.
 """
@@ -6,7 +6,7 @@ Explained in chapters 02 and 03.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -14,20 +14,21 @@ import pandas as pd
 from emq_lib import evolution, ranking
 from emq_lib.artefacts import atomic_path, checked_path, record, study_folder
 from emq_lib.bench import Bench, has_study
-from emq_lib.costs import gather
+from emq_lib.errors import MissingArtefactError
 from emq_lib.layer_statistics import load_statistics
-from emq_lib.profiles import Profile
-from emq_lib.proxies import load_proxies
+from emq_lib.profiles import QUANTIZERS, Profile
+from emq_lib.proxies import is_table, load_proxies, score
 from emq_lib.search_space import Evaluator, parse
 
-ORACLE = "additive oracle"
+ORACLE, PAIRWISE = "additive oracle", "pairwise oracle"
+BINS = 5  # of the stratified sample's held-out half, by size
 
 
 def load_tables(profile: Profile) -> dict[str, dict]:
-    """Return every score table of a study: hand-made proxies, the evolved one if there is one, the additive oracle.
+    """Return what every method of a study scores by: hand-made proxies, the evolved one if any, the additive oracle.
 
     Returns:
-        name -> {"table": (S, B), "variant": text, "seconds": cost of its scores}.
+        name -> {"table": score table (S, B) or matrix of pairs (S B, S B), "variant": text, "seconds": cost}.
     """
     _, tables = load_proxies(profile)
     if has_study(profile, "evolution.jsonl"):
@@ -41,67 +42,94 @@ def load_tables(profile: Profile) -> dict[str, dict]:
             "variant": "evolved",
             "seconds": seconds + time.perf_counter() - started,
         }
-    search, heldout = Bench.load(profile).split()
+    search, _ = Bench.load(profile).split()
     started = time.perf_counter()
-    oracle = ranking.additive_oracle(search.configs, search.half_a, heldout.configs, profile.choices)
+    oracle = ranking.additive_oracle(search.configs, search.half_a, search.configs, profile.choices)
     tables[ORACLE] = {"table": oracle.table, "variant": "oracle", "seconds": time.perf_counter() - started}
     return tables
 
 
 def build_heldout(profile: Profile) -> None:
-    """Rank the held-out configurations by every score table of the study and write ``heldout.csv``.
+    """Rank the held-out configurations by every method of the study, for each quantizer, and write ``heldout.csv``.
 
-    One row per table, and one for the noise ceiling: how the true accuracies would rank these measurements. rho at 20,
-    50 and 100 % with 95 % bootstrap intervals; partial rho given size and BOPs; Kendall's tau; fitness on the search
-    half (which chose the evolved proxy); seconds.
+    One row per method and quantizer, and one for the noise ceiling: how the true accuracies would rank these
+    measurements. rho at 20, 50 and 100 %; partial rho given size and BOPs; rho inside five bins of similar size, on the
+    held-out half of the stratified sample; each with a 95 % bootstrap interval. Kendall's tau, weighted tau, Pearson on
+    logit accuracy; fitness on the search half (which chose the evolved proxy) and on the held-out half; seconds.
     """
     started = time.perf_counter()
-    bench = Bench.load(profile)
-    search, heldout = bench.split()
-    rng = profile.rng("held-out bootstrap")
-    covariates = heldout.table[["size_bytes", "bops"]].to_numpy(dtype=np.float64)
-    rows = [
-        _row(name, entry, search=search, heldout=heldout, covariates=covariates, rng=rng)
-        for name, entry in load_tables(profile).items()
-    ]
-    ceiling = ranking.noise_ceiling(heldout.half_a, heldout.half_b, rng=rng).perfect
-    facts = {"rho100": ceiling.value, "lo": ceiling.lo, "hi": ceiling.hi}
-    rows.append({"proxy": "noise ceiling", "variant": "ceiling", "n": len(heldout)} | facts)
-    table = pd.DataFrame(rows).assign(quantizer=profile.quantizer)
+    rows = [row for quantizer in QUANTIZERS for row in _rows(profile, quantizer)]
+    table = pd.DataFrame(rows)
     with atomic_path(study_folder(profile) / "heldout.csv") as path:
         table.to_csv(path, index=False)
     command = f"emq_lib.heldout.build_heldout on {profile.name}"
     record(profile, "heldout.csv", command=command, seconds=time.perf_counter() - started, rows=len(table))
 
 
-def _row(
-    name: str, entry: Mapping, *, search: Bench, heldout: Bench, covariates: np.ndarray, rng: np.random.Generator
+def _rows(profile: Profile, quantizer: str) -> list[dict[str, object]]:
+    """Describe every method by its ranks of the configurations measured with one quantizer; none if none were."""
+    try:
+        bench = Bench.load(profile, quantizer)
+    except MissingArtefactError:
+        return []
+    (search, heldout), (_, spread) = bench.split(), bench.split("stratified")
+    parts, rng = (search, heldout, spread), profile.rng("held-out bootstrap")
+    rows = []
+    for name, entry in load_tables(profile).items():
+        if name != ORACLE:
+            scores = [score(entry["table"], part.configs, profile.choices) for part in parts]
+            facts = {"variant": entry["variant"], "separable": is_table(entry["table"], profile.choices)}
+            rows.append({"proxy": name} | facts | _ranks(parts, scores, rng=rng) | {"seconds": entry["seconds"]})
+    for name, fit in ((ORACLE, ranking.additive_oracle), (PAIRWISE, ranking.pairwise_oracle)):
+        before = time.perf_counter()
+        scores = [fit(search.configs, search.half_a, part.configs, profile.choices).predictions for part in parts]
+        seconds = time.perf_counter() - before
+        facts = {"variant": "oracle", "separable": name == ORACLE}
+        rows.append({"proxy": name} | facts | _ranks(parts, scores, rng=rng) | {"seconds": seconds})
+    ceiling = ranking.noise_ceiling(heldout.half_a, heldout.half_b, rng=rng).perfect
+    facts = {"n": len(heldout), "rho100": ceiling.value, "lo": ceiling.lo, "hi": ceiling.hi}
+    return [*rows, {"proxy": "noise ceiling", "variant": "ceiling", "quantizer": quantizer} | facts]
+
+
+def _ranks(
+    parts: tuple[Bench, Bench, Bench], scores: Sequence[np.ndarray], *, rng: np.random.Generator
 ) -> dict[str, object]:
-    """Describe one score table by its ranks of the held-out configurations."""
-    choices = heldout.profile.choices
-    scores = gather(entry["table"], heldout.configs, choices)
-    estimates = {k: ranking.bootstrap_rho(scores, heldout.top1, percent=k, rng=rng) for k in (20, 50, 100)}
+    """Describe one method by its scores of the search half, the held-out half, and the held-out stratified ones."""
+    (search, heldout, spread), (searched, found, spread_scores) = parts, scores
+    top1 = heldout.top1
+    rho = {k: ranking.bootstrap_rho(found, top1, percent=k, rng=rng) for k in ranking.PERCENTS}
+    covariates = heldout.table[["size_bytes", "bops"]].to_numpy(dtype=np.float64)
+    partial = ranking.bootstrap_partial_rho(found, top1, covariates, rng=rng)
+    sizes = spread.table["size_bytes"].to_numpy()
+    binned = ranking.bootstrap_binned_rho(spread_scores, spread.top1, sizes, bins=BINS, rng=rng)
     return {
-        "proxy": name,
-        "variant": entry["variant"],
+        "quantizer": heldout.profile.quantizer,
         "n": len(heldout),
-        "rho20": estimates[20].value,
-        "rho50": estimates[50].value,
-        "rho100": estimates[100].value,
-        "lo": estimates[100].lo,
-        "hi": estimates[100].hi,
-        "lo20": estimates[20].lo,
-        "hi20": estimates[20].hi,
-        "lo50": estimates[50].lo,
-        "hi50": estimates[50].hi,
-        "partial_rho": ranking.partial_rho(scores, heldout.top1, covariates),
-        "kendall": ranking.kendall(scores, heldout.top1),
-        "search_fitness": ranking.fitness(gather(entry["table"], search.configs, choices), search.half_a),
-        "heldout_fitness": np.mean([estimates[k].value for k in (20, 50, 100)]),
-        "seconds": entry["seconds"],
+        "rho20": rho[20].value,
+        "rho50": rho[50].value,
+        "rho100": rho[100].value,
+        "lo": rho[100].lo,
+        "hi": rho[100].hi,
+        "lo20": rho[20].lo,
+        "hi20": rho[20].hi,
+        "lo50": rho[50].lo,
+        "hi50": rho[50].hi,
+        "partial_rho": partial.value,
+        "partial_lo": partial.lo,
+        "partial_hi": partial.hi,
+        "binned_n": binned.n,
+        "binned_rho": binned.value,
+        "binned_lo": binned.lo,
+        "binned_hi": binned.hi,
+        "kendall": ranking.kendall(found, top1),
+        "weighted_tau": ranking.weighted_tau(found, top1),
+        "logit_pearson": ranking.logit_pearson(found, top1),
+        "search_fitness": ranking.fitness(searched, search.half_a),
+        "heldout_fitness": np.mean([rho[k].value for k in ranking.PERCENTS]),
     }
 
 
-def load_heldout(profile: Profile) -> pd.DataFrame:
-    """Return a study's held-out table."""
-    return pd.read_csv(checked_path(profile, "heldout.csv"))
+def load_heldout(profile: Profile, quantizer: str | None = None) -> pd.DataFrame:
+    """Return a study's held-out table for one quantizer, by default the profile's."""
+    table = pd.read_csv(checked_path(profile, "heldout.csv"))
+    return table[table["quantizer"] == (quantizer or profile.quantizer)].reset_index(drop=True)

@@ -8,10 +8,9 @@ thousand of them costs no forward pass. What needs images is stored in the study
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
@@ -19,180 +18,109 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
-from torch.func import functional_call
 
+from emq_lib import curvature, saliency
 from emq_lib.artefacts import checked_path, read_facts, record, save_tensors, sha256, study_folder
 from emq_lib.datasets import Split
-from emq_lib.errors import CorruptArtefactError
+from emq_lib.errors import (
+    CorruptArtefactError,
+    InvalidParameterError,
+    MissingArtefactError,
+    UnsupportedModelError,
+)
 from emq_lib.models import INPUT_SHAPES, fold_batchnorm, layer_table, load_checkpoint, pre_hooks, segments
 from emq_lib.profiles import Profile
 from emq_lib.quantizers import fake_quantize
+from emq_lib.released import ReleasedStatistics, measure_released, stages
 
 ACTIVATION_IMAGES, ACTIVATION_POSITIONS = 64, 256
+FEW_IMAGES = 128  # for what costs a matrix of images, or a pass for every pair of layers
+STATISTICS, GRADIENTS = "statistics.safetensors", "gradients.safetensors"
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Statistics of the S searchable layers in slot order, at the B choices; batch norm is folded.
+    """Statistics of the L searchable layers in forward order, at the B choices; batch norm is folded.
+
+    Layers that share their bits have one slot; there are S slots.
 
     Attributes:
         choices: the B allowed widths.
         names: layer names.
-        parameters: weights per layer, shape (S,).
-        macs: multiply-accumulates per layer for one image, shape (S,).
+        slots: slot of each layer, shape (L,).
+        parameters: weights per layer, shape (L,).
+        macs: multiply-accumulates per layer for one image, shape (L,).
         weights: W, (C_out, K) per layer.
         activations: A, (C_in, M) per layer: a fixed sample of the layer's inputs.
         gradients: G, (C_out, K) per layer: gradient of the mean cross-entropy on the calibration images.
+        virtual_gradients: (C_out, K) per layer: gradient of the summed logits of an all-ones image.
         curvature: H, (C_out, K) per layer: diagonal of the empirical Fisher, the mean squared gradient per image.
         errors: E, (B, C_out, K) per layer: Q_b(W) - W.
-        trace: trace of the Hessian of the mean cross-entropy per layer, shape (S,).
-        trace_error: its standard error over the calibration images, shape (S,).
-        synflow: sum of |W * dR/dW| per layer, shape (S,) (Tanaka et al. 2020).
-        output_error: ||(Q_b(W) - W) x||^2 / ||W x||^2 over the calibration images, shape (S, B).
-        kl: Kullback-Leibler divergence in nats of the predictions when one layer alone is quantized, shape (S, B).
+        trace: trace of the Hessian of the mean cross-entropy per layer, shape (L,).
+        trace_error: its standard error over the calibration images, shape (L,).
+        eigenvalue: largest eigenvalue of the same block, on 128 images, shape (L,).
+        similarity: CKA of each layer's output with every other layer's, summed, on 128 images, shape (L,).
+        saliencies: name -> what a zero-cost proxy says of each layer, shape (L,).
+        output_error: ||(Q_b(W) - W) x||^2 / ||W x||^2 over the calibration images, shape (L, B).
+        kl: Kullback-Leibler divergence in nats of the predictions when one slot alone is quantized, shape (S, B).
+        loss: what the cross-entropy on the calibration images gains thereby, shape (S, B).
+        logit_products: mean over images of d' S d*, with d and d* what two slots' quantization does to the logits and
+            S = diag(p) - p p' of the float predictions, shape (S B, S B).
+        pair_losses: what two slots' quantization adds to the cross-entropy beyond the sum of each alone, on 128 images;
+            on the diagonal what each adds alone; shape (S B, S B).
+        released: what the released code reads of a random network.
         seconds: what was computed -> wall time.
     """
 
     choices: tuple[int, ...]
     names: tuple[str, ...]
+    slots: np.ndarray
     parameters: np.ndarray
     macs: np.ndarray
     weights: tuple[torch.Tensor, ...]
     activations: tuple[torch.Tensor, ...]
     gradients: tuple[torch.Tensor, ...]
+    virtual_gradients: tuple[torch.Tensor, ...]
     curvature: tuple[torch.Tensor, ...]
     errors: tuple[torch.Tensor, ...]
     trace: np.ndarray
     trace_error: np.ndarray
-    synflow: np.ndarray
+    eigenvalue: np.ndarray
+    similarity: np.ndarray
+    saliencies: Mapping[str, np.ndarray]
     output_error: np.ndarray
     kl: np.ndarray
+    loss: np.ndarray
+    logit_products: np.ndarray
+    pair_losses: np.ndarray
+    released: ReleasedStatistics
     seconds: Mapping[str, float]
 
+    @property
+    def slot_count(self) -> int:
+        """S, the length of a configuration."""
+        return int(self.slots.max()) + 1
 
-def per_image_gradients(
-    model: nn.Module,
-    names: Sequence[str],
-    inputs: torch.Tensor,
-    seeds: Callable[[torch.Tensor], Sequence[torch.Tensor]],
-) -> Iterator[list[torch.Tensor]]:
-    """Yield, per seed, each named layer's weight gradient for every single image.
+    @property
+    def slot_names(self) -> list[str]:
+        """Name of the first layer of each slot."""
+        return [self.names[int(np.flatnonzero(self.slots == slot)[0])] for slot in range(self.slot_count)]
 
-    One forward pass serves all seeds. A convolution's gradient for one image is the product of the gradient at its
-    output with the unfolded input, so that a batched matrix product gives those of all images.
+    @property
+    def stages(self) -> np.ndarray:
+        """Resolution stage of each layer, counted from the network's end, shape (L,)."""
+        return stages(self.macs / self.parameters)
 
-    Args:
-        model: the network.
-        names: layers.
-        inputs: shape (N, C, H, W).
-        seeds: logits (N, classes) -> gradients at the logits, each (N, classes).
-
-    Yields:
-        one tensor (N, C_out, K) per layer.
-    """
-    seen: dict[str, tuple[nn.Module, torch.Tensor, torch.Tensor]] = {}
-
-    def keep(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            seen[name] = (module, _unfolded(module, args[0].detach()), output)
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-    try:
-        logits = model(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    outputs = [seen[name][2] for name in names]
-    for seed in seeds(logits.detach()):
-        gradients = torch.autograd.grad(logits, outputs, grad_outputs=seed, retain_graph=True)
-        yield [
-            torch.bmm(gradient.reshape(*gradient.shape[:2], -1), seen[name][1])
-            for name, gradient in zip(names, gradients, strict=True)
-        ]
+    def per_slot(self, values: np.ndarray) -> np.ndarray:
+        """Sum the rows of layers that share their bits, (L, ...) -> (S, ...)."""
+        summed = np.zeros((self.slot_count, *values.shape[1:]))
+        np.add.at(summed, self.slots, values)
+        return summed
 
 
-def gradient_moments(
-    model: nn.Module, names: Sequence[str], split: Split, *, batch_size: int = 32
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Return the mean and the mean square over images of the cross-entropy's gradient, per named layer.
-
-    The mean is G; the mean square is the diagonal of the empirical Fisher matrix, H = (1/N) sum_n (dl_n/dW)^2, with the
-    true labels.
-
-    Returns:
-        two lists of tensors (C_out, K).
-    """
-    first: list = [0.0] * len(names)
-    second: list = [0.0] * len(names)
-    for start in range(0, len(split), batch_size):
-        batch = split[start : start + batch_size]
-        seeds = functools.partial(_cross_entropy_seed, labels=batch.labels)
-        for gradients in per_image_gradients(model, names, batch.inputs(), seeds):
-            first = [total + g.sum(dim=0) / len(split) for total, g in zip(first, gradients, strict=True)]
-            second = [total + g.square().sum(dim=0) / len(split) for total, g in zip(second, gradients, strict=True)]
-    return first, second
-
-
-def hessian_traces(
-    model: nn.Module, names: Sequence[str], split: Split, *, batch_size: int = 32
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the trace of each layer's block of the Hessian of the mean cross-entropy, and its standard error.
-
-    The logits of a network of linear layers, ReLUs and averages are piecewise linear in the weight of any one layer, so
-    its block of the Hessian is J' S J almost everywhere, with J the Jacobian of the logits and S = diag(p) - p p' the
-    Hessian of the cross-entropy at the logits. S = sum_k s_k s_k' with s_k = sqrt(p_k) (e_k - p), hence
-
-        tr H_l = (1/N) sum_n sum_k ||J' s_k||^2:
-
-    one backward pass per class gives the traces of all layers exactly, with none of the noise of random probes. The
-    standard error is that of the mean over images.
-
-    Returns:
-        two float64 arrays of shape (S,).
-    """
-    per_image = []
-    for start in range(0, len(split), batch_size):
-        batch = split[start : start + batch_size]
-        per_seed = [
-            torch.stack([g.double().square().sum(dim=(1, 2)) for g in gradients])
-            for gradients in per_image_gradients(model, names, batch.inputs(), _hessian_seeds)
-        ]
-        per_image.append(torch.stack(per_seed).sum(dim=0))
-    traces = torch.cat(per_image, dim=1)
-    return traces.mean(dim=1).numpy(), (traces.std(dim=1) / len(split) ** 0.5).numpy()
-
-
-def _cross_entropy_seed(logits: torch.Tensor, *, labels: torch.Tensor) -> list[torch.Tensor]:
-    """Return the gradient of the summed cross-entropy at the logits."""
-    return [logits.softmax(dim=1) - F.one_hot(labels, logits.shape[1])]
-
-
-def _hessian_seeds(logits: torch.Tensor) -> list[torch.Tensor]:
-    """Return the columns of a square root of the cross-entropy's Hessian at the logits."""
-    p = logits.softmax(dim=1)
-    basis = torch.eye(p.shape[1], device=p.device)
-    return [p[:, k : k + 1].sqrt() * (basis[k] - p) for k in range(p.shape[1])]
-
-
-def _unfolded(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Return a layer's input as (N, positions, K): one row per output position, one column per weight."""
-    if isinstance(module, nn.Conv2d):
-        return F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride).transpose(1, 2)
-    return x[:, None, :]
-
-
-def synflow_scores(model: nn.Module, names: Sequence[str], input_shape: tuple[int, ...]) -> np.ndarray:
-    """Return sum |W * dR/dW| per named layer, R the sum of outputs of the all-positive network on an all-ones image.
-
-    Tanaka et al. 2020, in double precision; needs no data. Shape (S,).
-    """
-    positive = {key: value.detach().double().abs() for key, value in model.state_dict().items()}
-    tracked = [positive[f"{name}.weight"].requires_grad_(True) for name in names]
-    total = functional_call(model, positive, (torch.ones(1, *input_shape, dtype=torch.float64),)).sum()
-    gradients = torch.autograd.grad(total, tracked)
-    return np.array([(w * g).abs().sum().item() for w, g in zip(tracked, gradients, strict=True)])
+PER_WEIGHT = ("gradients", "virtual_gradients", "curvature")
+NUMBERS = ("trace", "trace_error", "eigenvalue", "similarity")
+NUMBERS += ("output_error", "kl", "loss", "logit_products", "pair_losses")
 
 
 @torch.inference_mode()
@@ -201,8 +129,9 @@ def activation_samples(model: nn.Module, names: Sequence[str], split: Split) -> 
     samples = {}
 
     def take(name: str) -> Callable:
-        def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            channels = inputs[0].transpose(0, 1).flatten(1)
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            x = inputs[0].movedim(-1, 1) if isinstance(module, nn.Linear) else inputs[0]
+            channels = x.transpose(0, 1).flatten(1)
             stride = max(1, channels.shape[1] // ACTIVATION_POSITIONS)
             samples[name] = channels[:, ::stride][:, :ACTIVATION_POSITIONS].clone()
 
@@ -217,7 +146,7 @@ def activation_samples(model: nn.Module, names: Sequence[str], split: Split) -> 
 def output_errors(
     model: nn.Module, errors: Mapping[str, Sequence[torch.Tensor]], split: Split, *, batch_size: int = 256
 ) -> np.ndarray:
-    """Return ||E_b x||^2 / ||W x||^2 per layer and choice, x the float network's inputs of that layer, shape (S, B).
+    """Return ||E_b x||^2 / ||W x||^2 per layer and choice, x the float network's inputs of that layer, shape (L, B).
 
     Args:
         model: folded float network.
@@ -241,43 +170,131 @@ def output_errors(
 
 
 @torch.inference_mode()
-def one_layer_kl(
-    model: torch.fx.GraphModule, quantized: Mapping[str, Sequence[torch.Tensor]], split: Split, *, batch_size: int = 256
-) -> np.ndarray:
-    """Return the mean KL divergence from the float predictions when one layer alone takes a quantized weight.
+def one_slot_logits(
+    model: torch.fx.GraphModule,
+    members: Sequence[Sequence[str]],
+    quantized: Mapping[str, Sequence[torch.Tensor]],
+    split: Split,
+    *,
+    batch_size: int = 256,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the float logits, and those when the layers of one slot alone take their quantized weights.
 
     The layers before the quantized one are computed once per batch.
 
     Args:
         model: folded float network; its weights are changed and restored.
+        members: per slot, the names of its layers.
         quantized: layer name -> one weight per choice.
         split: images.
         batch_size: images per forward pass.
 
     Returns:
-        nats, shape (S, B), rows in the order of `quantized`.
+        float64 tensors of shape (N, classes) and (S, B, N, classes).
     """
     pieces = segments(model, list(quantized))
-    row_of = {name: row for row, name in enumerate(quantized)}
-    total = np.zeros((len(quantized), len(next(iter(quantized.values())))))
+    choices = len(next(iter(quantized.values())))
+    float_logits, logits = [], []
     for start in range(0, len(split), batch_size):
-        outputs = [split[start : start + batch_size].inputs()]
-        for piece, _ in pieces:
-            outputs.append(piece(outputs[-1]))
-        reference = F.log_softmax(outputs[-1].double(), dim=1)
-        for number, (_, names) in enumerate(pieces):
-            for name in names:
-                module = model.get_submodule(name)
-                original = module.weight.data
-                for column, weight in enumerate(quantized[name]):
-                    module.weight.data = weight
-                    x = outputs[number]
-                    for piece, _ in pieces[number:]:
-                        x = piece(x)
-                    changed = F.log_softmax(x.double(), dim=1)
-                    total[row_of[name], column] += F.kl_div(changed, reference, reduction="sum", log_target=True).item()
-                module.weight.data = original
-    return total / len(split)
+        outputs = _run(pieces, [split[start : start + batch_size].inputs()])
+        float_logits.append(outputs[-1].double())
+        changed = []
+        for names, choice in ((names, choice) for names in members for choice in range(choices)):
+            with _replaced(model, names, quantized, choice):
+                changed.append(_run(pieces, outputs[: _first_piece(pieces, names) + 1])[-1].double())
+        logits.append(torch.stack(changed))
+    return torch.cat(float_logits), torch.cat(logits, dim=1).unflatten(0, (len(members), choices))
+
+
+@torch.inference_mode()
+def pair_losses(
+    model: torch.fx.GraphModule,
+    members: Sequence[Sequence[str]],
+    quantized: Mapping[str, Sequence[torch.Tensor]],
+    split: Split,
+) -> np.ndarray:
+    """Return what quantizing two slots adds to the mean cross-entropy beyond what each adds alone (CLADO).
+
+    L(i, j) - L(i) - L(j) + L for options i and j of different slots, L(i) - L on the diagonal, zero for two widths of
+    one slot; an option is a slot at a width. Arguments are those of :func:`one_slot_logits`; all images go through the
+    network at once.
+
+    Returns:
+        float64 array of shape (S B, S B), symmetric.
+    """
+    pieces = segments(model, list(quantized))
+    choices = len(next(iter(quantized.values())))
+    first = {slot: _first_piece(pieces, names) for slot, names in enumerate(members)}
+    order = sorted(first, key=first.get)
+    options = [(slot, choice) for slot in order for choice in range(choices)]
+
+    def loss(logits: torch.Tensor) -> float:
+        return F.cross_entropy(logits.double(), split.labels).item()
+
+    plain = _run(pieces, [split.inputs()])
+    alone = np.zeros((len(members), choices))
+    together = np.full((len(members), choices, len(members), choices), np.nan)
+    for index, (slot, choice) in enumerate(options):
+        with _replaced(model, members[slot], quantized, choice):
+            outputs = _run(pieces, plain[: first[slot] + 1])
+            alone[slot, choice] = loss(outputs[-1])
+            for other, width in options[index + 1 :]:
+                if other != slot:
+                    with _replaced(model, members[other], quantized, width):
+                        found = loss(_run(pieces, outputs[: first[other] + 1])[-1])
+                    together[slot, choice, other, width] = together[other, width, slot, choice] = found
+    before = loss(plain[-1])
+    single = alone.ravel() - before
+    extra = together.reshape(single.size, single.size) - before - single[:, None] - single[None, :]
+    return np.nan_to_num(extra) + np.diag(single)
+
+
+def _run(pieces: Sequence[tuple[nn.Module, Sequence[str]]], outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the inputs of all pieces and the logits, given those of the first pieces."""
+    outputs = list(outputs)
+    for piece, _ in pieces[len(outputs) - 1 :]:
+        outputs.append(piece(outputs[-1]))
+    return outputs
+
+
+def _first_piece(pieces: Sequence[tuple[nn.Module, Sequence[str]]], names: Sequence[str]) -> int:
+    return next(index for index, (_, held) in enumerate(pieces) if set(held) & set(names))
+
+
+@contextlib.contextmanager
+def _replaced(
+    model: nn.Module, names: Sequence[str], quantized: Mapping[str, Sequence[torch.Tensor]], choice: int
+) -> Iterator[None]:
+    """Give layers their quantized weights for the duration of the block."""
+    modules = [model.get_submodule(name) for name in names]
+    originals = [module.weight.data for module in modules]
+    for module, name in zip(modules, names, strict=True):
+        module.weight.data = quantized[name][choice]
+    try:
+        yield
+    finally:
+        for module, original in zip(modules, originals, strict=True):
+            module.weight.data = original
+
+
+def logit_products(float_logits: torch.Tensor, logits: torch.Tensor) -> np.ndarray:
+    """Return the mean over images of d_i' S d_j for any two options i and j, with S = diag(p) - p p'.
+
+    To second order, 1/2 d' S d is the divergence of the predictions when the logits change by d. If the changes of
+    several slots add up, so do these products, over all pairs.
+
+    Args:
+        float_logits: shape (N, classes).
+        logits: with one slot quantized, shape (S, B, N, classes).
+
+    Returns:
+        float64 array of shape (S B, S B).
+    """
+    change = (logits - float_logits).flatten(0, 1)
+    p = float_logits.softmax(dim=1)
+    centred = change - (change * p).sum(dim=2, keepdim=True)
+    scaled = (centred * p.sqrt()).flatten(1)
+    return (scaled @ scaled.T / len(p)).cpu().numpy()
 
 
 def measure_statistics(profile: Profile, calibration: Split) -> dict[str, torch.Tensor | dict[str, float]]:
@@ -289,61 +306,131 @@ def measure_statistics(profile: Profile, calibration: Split) -> dict[str, torch.
 
     Returns:
         name -> tensor as stored in ``statistics.safetensors``, and "seconds": name -> wall time.
+
+    Raises:
+        InvalidParameterError: all images are of one class.
+        UnsupportedModelError: a statistic is NaN or infinite; the message names it and the layer.
     """
+    if len(calibration.labels.unique()) < 2:
+        raise InvalidParameterError("All calibration images are of one class, so gradients say nothing; draw others.")
     model, layers = _load_folded(profile)
-    names = list(layers.loc[layers["searchable"], "name"])
+    model = model.to(calibration.images.device)
+    searchable = layers[layers["searchable"]]
+    names, few, shape = list(searchable["name"]), calibration[:FEW_IMAGES], INPUT_SHAPES[profile.dataset]
+    members = [list(group) for _, group in searchable.groupby("slot")["name"]]
     seconds: dict[str, float] = {}
-    stored: dict[str, torch.Tensor] = {}
+    arrays: dict[str, np.ndarray] = {}
+    tensors: dict[str, Sequence[torch.Tensor]] = {}
     with _timed(seconds, "errors"):
         quantized = _quantized_weights(model, names, profile.choices)
         errors = {name: [weight - _weight(model, name) for weight in quantized[name]] for name in names}
     with _timed(seconds, "gradients"):
-        moments = dict(zip(("gradients", "curvature"), gradient_moments(model, names, calibration), strict=True))
+        moments = curvature.gradient_moments(model, names, calibration)
+        tensors |= dict(zip(("gradients", "curvature"), moments, strict=True))
+    with _timed(seconds, "virtual_gradients"):
+        tensors["virtual_gradients"] = saliency.virtual_gradients(model, names, shape)
     with _timed(seconds, "activations"):
-        moments["activations"] = activation_samples(model, names, calibration)
-    for key, tensors in moments.items():
-        stored |= {f"{key}/{name}": tensor for name, tensor in zip(names, tensors, strict=True)}
+        tensors["activations"] = activation_samples(model, names, calibration)
     with _timed(seconds, "trace"):
-        traces = hessian_traces(model, names, calibration)
-        stored["trace"], stored["trace_error"] = map(torch.from_numpy, traces)
-    with _timed(seconds, "synflow"):
-        stored["synflow"] = torch.from_numpy(synflow_scores(model, names, INPUT_SHAPES[profile.dataset]))
+        traces = curvature.hessian_traces(model, names, calibration, generator=profile.generator("traces"))
+        arrays["trace"], arrays["trace_error"] = traces
+    with _timed(seconds, "eigenvalue"):
+        arrays["eigenvalue"] = curvature.top_eigenvalues(model, names, few)
+    with _timed(seconds, "similarity"):
+        arrays["similarity"] = saliency.linear_cka(model, names, few).sum(axis=1) - 1
+    pairs = [(_weight(model, name).flatten(1), g) for name, g in zip(names, tensors["gradients"], strict=True)]
+    measures: dict[str, Callable[[], list | np.ndarray]] = {
+        "SNIP": lambda: [(w * g).abs().sum() for w, g in pairs],
+        "plain": lambda: [(w * g).sum() for w, g in pairs],
+        "grad-norm": lambda: [g.norm() for _, g in pairs],
+        "L2": lambda: [w.norm() for w, _ in pairs],
+        "Synflow": lambda: saliency.synflow(model, names, shape),
+        "Fisher": lambda: saliency.channel_fisher(model, names, few),
+        "GraSP": lambda: saliency.grasp(model, names, few),
+        "ZiCo": lambda: saliency.zico(model, names, calibration),
+        "Zen": lambda: saliency.zen(model, names, shape, images=len(few), generator=profile.generator("zen")),
+        "NWOT": lambda: saliency.nwot(model, names, few),
+    }
+    for name, measure in measures.items():
+        with _timed(seconds, name):
+            arrays[f"saliency {name}"] = np.array([float(value) for value in measure()])
     with _timed(seconds, "output_error"):
-        stored["output_error"] = torch.from_numpy(output_errors(model, errors, calibration))
-    with _timed(seconds, "kl"):
-        stored["kl"] = torch.from_numpy(one_layer_kl(model, quantized, calibration))
+        arrays["output_error"] = output_errors(model, errors, calibration)
+    with _timed(seconds, "one_slot"):
+        float_logits, logits = one_slot_logits(model, members, quantized, calibration)
+        arrays["kl"], arrays["loss"] = _divergences(float_logits, logits, calibration.labels)
+        arrays["logit_products"] = logit_products(float_logits, logits)
+    with _timed(seconds, "pair_losses"):
+        arrays["pair_losses"] = pair_losses(model, members, quantized, few)
+    with _timed(seconds, "released"):
+        arrays |= {f"released {key}": array for key, array in asdict(measure_released(profile, few)).items()}
+    _refuse_infinite(tensors, arrays, names)
+    stored = {f"{key}/{name}": tensor for key in tensors for name, tensor in zip(names, tensors[key], strict=True)}
+    stored |= {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in arrays.items()}
     return stored | {"seconds": seconds}
 
 
+def _divergences(
+    float_logits: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean divergence from the float predictions, and the cross-entropy less the float one, (S, B) each."""
+    reference, changed = float_logits.log_softmax(dim=1), logits.log_softmax(dim=3)
+    kl = (reference.exp() * (reference - changed)).sum(dim=3).mean(dim=2)
+    rows = torch.arange(len(labels))
+    loss = (reference[rows, labels] - changed[:, :, rows, labels]).mean(dim=2)
+    return kl.cpu().numpy(), loss.cpu().numpy()
+
+
+def _refuse_infinite(
+    tensors: Mapping[str, Sequence[torch.Tensor]], arrays: Mapping[str, np.ndarray], names: Sequence[str]
+) -> None:
+    for key, per_layer in tensors.items():
+        for name, tensor in zip(names, per_layer, strict=True):
+            if not torch.isfinite(tensor).all():
+                raise UnsupportedModelError(f"{key} of layer {name!r} hold NaN or infinity; look at its activations.")
+    for key, array in arrays.items():
+        if not np.isfinite(array).all():
+            row = int(np.argwhere(~np.isfinite(array))[0][0])
+            where = repr(names[row]) if len(array) == len(names) else f"in row {row}"
+            raise UnsupportedModelError(f"{key} is NaN or infinite at {where}; look at that layer's activations.")
+
+
 def build_statistics(profile: Profile, calibration: Split) -> None:
-    """Measure the statistics and write ``statistics.safetensors``."""
+    """Measure the statistics; write ``statistics.safetensors`` and, numbers per weight, ``gradients.safetensors``."""
     stored = measure_statistics(profile, calibration)
     seconds = stored.pop("seconds")
     facts = {"seconds": seconds, "checkpoint": sha256(study_folder(profile) / "model.safetensors")}
-    save_tensors(profile, "statistics.safetensors", stored, facts)
+    per_weight = {key: stored.pop(key) for key in list(stored) if key.partition("/")[0] in PER_WEIGHT}
     command = f"emq_lib.layer_statistics.build_statistics on {profile.name}"
-    record(profile, "statistics.safetensors", command=command, seconds=sum(seconds.values()))
+    for filename, tensors in ((STATISTICS, stored), (GRADIENTS, per_weight)):
+        save_tensors(profile, filename, tensors, facts)
+        record(profile, filename, command=command, seconds=sum(seconds.values()))
 
 
 def load_statistics(profile: Profile) -> LayerStatistics:
     """Load a study's statistics; weights and quantization errors come from its checkpoint. Needs no images.
 
+    Numbers per weight are not published for large networks. What reads them then raises MissingArtefactError.
+
     Raises:
         MissingArtefactError: the statistics were not built.
         CorruptArtefactError: they belong to another checkpoint, or the file is truncated.
     """
-    path, checkpoint = (checked_path(profile, name) for name in ("statistics.safetensors", "model.safetensors"))
     model, layers = _load_folded(profile)
     searchable = layers[layers["searchable"]]
     names = tuple(searchable["name"])
-    stored, facts = load_file(str(path)), read_facts(profile, "statistics.safetensors")
-    if facts["checkpoint"] != sha256(checkpoint):
-        raise CorruptArtefactError(f"{path} was measured on another checkpoint. Build it again with REBUILD=True.")
+    stored, seconds = _load_tensors(profile, STATISTICS)
+    try:
+        large, _ = _load_tensors(profile, GRADIENTS)
+        per_weight = {key: tuple(large[f"{key}/{name}"] for name in names) for key in PER_WEIGHT}
+    except MissingArtefactError as error:
+        per_weight = dict.fromkeys(PER_WEIGHT, _Absent(str(error)))
     quantized = _quantized_weights(model, names, profile.choices)
     weights = tuple(_weight(model, name).flatten(1) for name in names)
     return LayerStatistics(
         choices=profile.choices,
         names=names,
+        slots=searchable["slot"].to_numpy(),
         parameters=searchable["parameters"].to_numpy(),
         macs=searchable["macs"].to_numpy(),
         weights=weights,
@@ -352,11 +439,38 @@ def load_statistics(profile: Profile) -> LayerStatistics:
             for name, weight in zip(names, weights, strict=True)
         ),
         activations=tuple(stored[f"activations/{name}"] for name in names),
-        gradients=tuple(stored[f"gradients/{name}"] for name in names),
-        curvature=tuple(stored[f"curvature/{name}"] for name in names),
-        **{key: stored[key].numpy() for key in ("trace", "trace_error", "synflow", "output_error", "kl")},
-        seconds=facts["seconds"],
+        **per_weight,
+        **{key: stored[key].numpy() for key in NUMBERS},
+        saliencies=_with_prefix(stored, "saliency "),
+        released=ReleasedStatistics(**_with_prefix(stored, "released ")),
+        seconds=seconds,
     )
+
+
+def _load_tensors(profile: Profile, filename: str) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Return the tensors of a file of statistics and the times they took, after checking that they are current."""
+    path, checkpoint = checked_path(profile, filename), checked_path(profile, "model.safetensors")
+    facts = read_facts(profile, filename)
+    if facts["checkpoint"] != sha256(checkpoint):
+        raise CorruptArtefactError(f"{path} was measured on another checkpoint. Build it again with REBUILD=True.")
+    return load_file(str(path)), facts["seconds"]
+
+
+def _with_prefix(stored: Mapping[str, torch.Tensor], prefix: str) -> dict[str, np.ndarray]:
+    return {key.removeprefix(prefix): stored[key].numpy() for key in stored if key.startswith(prefix)}
+
+
+class _Absent(Sequence):
+    """Tensors per layer that are not there; asking for one raises MissingArtefactError."""
+
+    def __init__(self, message: str) -> None:
+        self._message = message
+
+    def __len__(self) -> int:
+        raise MissingArtefactError(self._message)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        raise MissingArtefactError(self._message)
 
 
 def _load_folded(profile: Profile) -> tuple[torch.fx.GraphModule, pd.DataFrame]:

@@ -302,6 +302,35 @@ def layer_table(model: nn.Module, profile: Profile) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+_LINEAR_MODULES = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.Identity, nn.Flatten, nn.Dropout)
+_PIECEWISE_MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+_PIECEWISE_NAMES = "add cat flatten pad getitem relu relu6 max_pool2d avg_pool2d adaptive_avg_pool2d mean view dropout"
+
+
+def is_piecewise_linear(model: torch.fx.GraphModule) -> bool:
+    """Return whether the logits are known to be piecewise linear in the weight of any one layer.
+
+    So they are if the traced network in evaluation mode has nothing but linear layers, ReLUs, pooling, sums and
+    changes of shape. An operation that is not on this list counts as not piecewise linear.
+
+    >>> is_piecewise_linear(torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2), nn.ReLU())))
+    True
+    >>> is_piecewise_linear(torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2), nn.GELU())))
+    False
+    """
+    names = _PIECEWISE_NAMES.split()
+    for node in model.graph.nodes:
+        if node.op == "call_module":
+            known = isinstance(model.get_submodule(node.target), _LINEAR_MODULES + _PIECEWISE_MODULES)
+        elif node.op in ("call_function", "call_method"):
+            known = getattr(node.target, "__name__", node.target) in names
+        else:
+            known = True
+        if not known:
+            return False
+    return True
+
+
 def segments(model: torch.fx.GraphModule, layers: Sequence[str]) -> list[tuple[nn.Module, tuple[str, ...]]]:
     """Cut a traced network into the shortest consecutive pieces that begin with a layer and pass on a single tensor.
 

@@ -1,25 +1,30 @@
-"""Hand-designed proxies as score tables: one decorated function each, higher is better.
+"""Hand-designed proxies: one decorated function each, higher is better.
 
-A separable proxy is a table T of shape (S, B); the score of a configuration is the sum of the entries that it selects.
-Every function here turns :class:`~emq_lib.layer_statistics.LayerStatistics` into such a table. Explained in chapter 02.
+A separable proxy is a table of shape (S, B); the score of a configuration is the sum of the entries that it selects. A
+proxy with terms for pairs of slots is a matrix of shape (S B, S B); the score is the sum over all pairs of entries that
+a configuration selects. Every function here turns :class:`~emq_lib.layer_statistics.LayerStatistics` into one of
+them. Explained in chapter 02; what the released code does instead, in the appendix "As released".
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from emq_lib.artefacts import atomic_path, checked_path, record, study_folder, to_json
-from emq_lib.bench import Bench
-from emq_lib.costs import gather
+from emq_lib.costs import choice_indices, gather
 from emq_lib.errors import InvalidScoreError
 from emq_lib.layer_statistics import LayerStatistics, load_statistics
 from emq_lib.profiles import Profile
+from emq_lib.released import QE_RATIOS, align
+
+RELEASED = ", as released"
 
 
 @dataclass(frozen=True)
@@ -28,15 +33,17 @@ class Proxy:
 
     Attributes:
         name: how tables and figures call it.
-        variant: "trivial" (counts bits) or "corrected" (the published method, layers aligned with their bits).
+        variant: "trivial" (counts bits), "corrected" (the published method, layers aligned with their bits) or
+            "as_released" (what the released code computes).
         reads: the statistics whose cost it bears.
-        table: statistics -> score table of shape (S, B).
+        scores: statistics -> score table of shape (S, B), or (L, B) to be summed over the layers of a slot, or matrix
+            of shape (S B, S B).
     """
 
     name: str
     variant: str
     reads: tuple[str, ...]
-    table: Callable[[LayerStatistics], np.ndarray]
+    scores: Callable[[LayerStatistics], np.ndarray]
 
 
 PROXIES: dict[str, Proxy] = {}
@@ -45,79 +52,160 @@ PROXIES: dict[str, Proxy] = {}
 def proxy(name: str, *, reads: tuple[str, ...] = (), variant: str = "corrected") -> Callable:
     """Register the decorated function as a proxy of that name."""
 
-    def decorate(table: Callable[[LayerStatistics], np.ndarray]) -> Callable[[LayerStatistics], np.ndarray]:
-        PROXIES[name] = Proxy(name, variant, reads, table)
-        return table
+    def decorate(scores: Callable[[LayerStatistics], np.ndarray]) -> Callable[[LayerStatistics], np.ndarray]:
+        PROXIES[name] = Proxy(name, variant, reads, scores)
+        return scores
 
     return decorate
 
 
 def score_table(name: str, statistics: LayerStatistics) -> np.ndarray:
-    """Return a proxy's score table after checking it.
+    """Return a proxy's score table, or its matrix if it has terms for pairs, after checking it.
 
     Args:
         name: a key of :data:`PROXIES`.
-        statistics: of the S searchable layers at the B choices.
+        statistics: of the L layers of S slots at the B choices.
 
     Returns:
-        float64 array of shape (S, B).
+        float64 array of shape (S, B), or (S B, S B).
 
     Raises:
         InvalidScoreError: unknown proxy, wrong shape, a NaN or an infinity, or the same entry everywhere.
     """
     if name not in PROXIES:
         raise InvalidScoreError(f"Unknown proxy {name!r}; registered proxies: {', '.join(PROXIES)}.")
-    table = np.asarray(PROXIES[name].table(statistics), dtype=np.float64)
-    expected = (len(statistics.names), len(statistics.choices))
-    if table.shape != expected:
+    found = np.asarray(PROXIES[name].scores(statistics), dtype=np.float64)
+    layers, slots, choices = len(statistics.names), statistics.slot_count, len(statistics.choices)
+    if found.shape not in {(slots, choices), (layers, choices), (slots * choices, slots * choices)}:
         raise InvalidScoreError(
-            f"proxy {name!r} returned shape {table.shape}; one row per layer and column per bit is {expected}."
+            f"proxy {name!r} returned shape {found.shape}; one row per slot or layer and column per bit is "
+            f"{(slots, choices)} or {(layers, choices)}, a matrix of pairs {(slots * choices, slots * choices)}."
         )
-    if not np.isfinite(table).all():
-        layer = statistics.names[np.argwhere(~np.isfinite(table))[0][0]]
+    if not np.isfinite(found).all():
+        row = int(np.argwhere(~np.isfinite(found))[0][0])
+        if len(found) == layers:
+            layer = statistics.names[row]
+        else:
+            layer = statistics.slot_names[row if len(found) == slots else row // choices]
         raise InvalidScoreError(f"proxy {name!r} is not finite at layer {layer!r}; look at that layer's statistics.")
-    if (table == table[:, :1]).all():
+    if len(found) == layers != slots:
+        found = statistics.per_slot(found)
+    if np.ptp(found) == 0 or (is_table(found, statistics.choices) and (found == found[:, :1]).all()):
         raise InvalidScoreError(
             f"proxy {name!r} gives every bit width the same score, so it cannot rank configurations."
         )
-    return table
+    return found
+
+
+def is_table(scores: np.ndarray, choices: tuple[int, ...]) -> bool:
+    """Return whether these are the scores of a separable proxy (S, B), and not a matrix of pairs (S B, S B)."""
+    return scores.shape[1] == len(choices)
+
+
+def score(scores: np.ndarray, configs: np.ndarray, choices: tuple[int, ...]) -> np.ndarray:
+    """Return the score of each configuration.
+
+    Args:
+        scores: table (S, B) or matrix of pairs (S B, S B).
+        configs: bits, shape (N, S).
+        choices: the B allowed widths.
+
+    Returns:
+        float64 array of shape (N,).
+
+    >>> score(np.array([[1.0, 2.0, 4.0], [10.0, 20.0, 40.0]]), np.array([[2, 4]]), (2, 3, 4))
+    array([41.])
+    """
+    if is_table(scores, choices):
+        return gather(scores, configs, choices)
+    slots = len(scores) // len(choices)
+    chosen = choice_indices(configs, choices, slots) + len(choices) * np.arange(slots)
+    return scores[chosen[:, :, None], chosen[:, None, :]].sum(axis=(1, 2))
 
 
 @proxy("bit sum", variant="trivial")
 def bit_sum(statistics: LayerStatistics) -> np.ndarray:
-    """Sum of the bits: T[l, b] = b."""
-    return np.tile(np.array(statistics.choices, dtype=np.float64), (len(statistics.names), 1))
+    """Sum of the bits: T[s, b] = b."""
+    return np.tile(np.array(statistics.choices, dtype=np.float64), (statistics.slot_count, 1))
 
 
 @proxy("parameter bits", variant="trivial")
 def parameter_bits(statistics: LayerStatistics) -> np.ndarray:
     """Bits of all weights: T[l, b] = b P_l, with P_l the number of weights."""
-    return statistics.parameters[:, None] * bit_sum(statistics)
+    return statistics.parameters[:, None] * _bits(statistics)
 
 
 @proxy("BOPs", variant="trivial")
 def bops(statistics: LayerStatistics) -> np.ndarray:
     """Bit operations at a fixed activation width: T[l, b] = b MAC_l."""
-    return statistics.macs[:, None] * bit_sum(statistics)
+    return statistics.macs[:, None] * _bits(statistics)
 
 
-@proxy("bit-SNIP", reads=("gradients",))
-def bit_snip(statistics: LayerStatistics) -> np.ndarray:
-    """Bit-weighted SNIP: T[l, b] = b sum |W * G| (Lee et al. 2019; weighted by bits as in Dong et al. 2023)."""
-    pairs = zip(statistics.weights, statistics.gradients, strict=True)
-    return _per_layer([(w * g).abs().sum() for w, g in pairs]) * bit_sum(statistics)
-
-
-@proxy("bit-Synflow", reads=("synflow",))
-def bit_synflow(statistics: LayerStatistics) -> np.ndarray:
-    """Bit-weighted Synflow: T[l, b] = b sum |W * dR/dW| (Tanaka et al. 2020, weighted by bits)."""
-    return statistics.synflow[:, None] * bit_sum(statistics)
+@proxy("HAWQ", reads=("eigenvalue", "errors"))
+def hawq(statistics: LayerStatistics) -> np.ndarray:
+    """Top Hessian eigenvalue times squared error: T[l, b] = -lambda_l ||E_lb||^2 (Dong et al. 2019)."""
+    return -statistics.eigenvalue[:, None] * _squared_error(statistics)
 
 
 @proxy("HAWQ-V2", reads=("trace", "errors"))
 def hawq_v2(statistics: LayerStatistics) -> np.ndarray:
     """Mean Hessian trace times squared error: T[l, b] = -(tr H_l / P_l) ||E_lb||^2 (Dong et al. 2020)."""
     return -(statistics.trace / statistics.parameters)[:, None] * _squared_error(statistics)
+
+
+@proxy("OMPQ", reads=("similarity",))
+def ompq(statistics: LayerStatistics) -> np.ndarray:
+    """Orthogonality: T[l, b] = b exp(-gamma_l), gamma_l the CKA of l's output with all others' (Ma et al. 2023)."""
+    return np.exp(-statistics.similarity)[:, None] * _bits(statistics)
+
+
+@proxy("QE")
+def quantization_entropy(statistics: LayerStatistics) -> np.ndarray:
+    """Quantization entropy: T[l, b] = r_l log(s_8 s_b) (Sun et al. 2022), without looking at the weights.
+
+    s_b is the deviation of a standard normal variable rounded to whole numbers and cut at 2^(b-1); r_l adds the weights
+    of the stages that l feeds, 6 for the last, 1 for each of the two before.
+    """
+    return stage_weights(statistics.stages)[:, None] * _log_gain(statistics.choices)
+
+
+def stage_weights(stages: np.ndarray) -> np.ndarray:
+    """Return what a layer of a stage (0 is the last) adds to the entropies of its own and all later stages."""
+    ratios = np.array(QE_RATIOS[::-1])
+    return np.cumsum(ratios)[np.minimum(stages, len(ratios) - 1)]
+
+
+def rounded_normal_std(bits: int) -> float:
+    """Return the standard deviation of a standard normal variable rounded to whole numbers, cut at +-2^(bits - 1).
+
+    >>> round(rounded_normal_std(8), 4)
+    1.0408
+    """
+    edge = 2 ** (bits - 1)
+    values = np.arange(-edge, edge + 1)
+    ends = np.concatenate([[-np.inf], values[:-1] + 0.5, [np.inf]])
+    return float(np.sqrt((np.diff(stats.norm.cdf(ends)) * values**2).sum()))
+
+
+def _log_gain(choices: tuple[int, ...]) -> np.ndarray:
+    return np.array([np.log(rounded_normal_std(8) * rounded_normal_std(bits)) for bits in choices])[None]
+
+
+@proxy("EMQ", reads=("virtual_gradients",))
+def emq(statistics: LayerStatistics) -> np.ndarray:
+    """EMQ's released formula, aligned: T[l, b] = mean(softmax(log|b VG|)) mean(sqrt(max(b W, 0))) (Dong et al. 2023).
+
+    The softmax runs over output channels, and so its mean is one over their number, whatever the gradient.
+    """
+    table = []
+    for w, v in zip(statistics.weights, statistics.virtual_gradients, strict=True):
+        row = []
+        for bits in statistics.choices:
+            scaled = (bits * v.double()).abs()
+            share = scaled.where(scaled > 0, 1.0).log().softmax(dim=0).mean()
+            row.append((share * (bits * w.double()).clamp(min=0).sqrt().mean()).item())
+        table.append(row)
+    return np.array(table)
 
 
 @proxy("Fisher error", reads=("gradients", "errors"))
@@ -129,8 +217,14 @@ def fisher_error(statistics: LayerStatistics) -> np.ndarray:
 
 @proxy("relative weight error", reads=("errors",))
 def relative_weight_error(statistics: LayerStatistics) -> np.ndarray:
-    """Squared error over squared norm: T[l, b] = -||E_lb||^2 / ||W_l||^2, the inverse of the weights' SQNR."""
-    return -_squared_error(statistics) / _per_layer([w.square().sum() for w in statistics.weights])
+    """Squared error over squared norm: T[l, b] = -||E_lb||^2 / ||W_l||^2."""
+    return -_noise_to_signal(statistics)
+
+
+@proxy("SQNR", reads=("errors",))
+def sqnr(statistics: LayerStatistics) -> np.ndarray:
+    """Signal to quantization noise in decibels: T[l, b] = 10 log10(||W_l||^2 / ||E_lb||^2)."""
+    return -10 * np.log10(_noise_to_signal(statistics))
 
 
 @proxy("relative output error", reads=("output_error", "errors"))
@@ -139,54 +233,179 @@ def relative_output_error(statistics: LayerStatistics) -> np.ndarray:
     return -statistics.output_error
 
 
-@proxy("one-layer KL", reads=("kl", "errors"))
-def kl_divergence(statistics: LayerStatistics) -> np.ndarray:
-    """Divergence of the predictions when one layer alone is quantized: T[l, b] = -KL(float || layer l at b bits)."""
+@proxy("one-layer loss", reads=("one_slot", "errors"))
+def one_layer_loss(statistics: LayerStatistics) -> np.ndarray:
+    """What the cross-entropy gains when one layer alone is quantized: T[s, b] = L - L(s at b bits)."""
+    return -statistics.loss
+
+
+@proxy("one-layer KL", reads=("one_slot", "errors"))
+def one_layer_kl(statistics: LayerStatistics) -> np.ndarray:
+    """Divergence of the predictions when one layer alone is quantized: T[s, b] = -KL(float || s at b bits)."""
     return -statistics.kl
 
 
-@proxy("sqrt one-layer KL", reads=("kl", "errors"))
-def sqrt_kl_divergence(statistics: LayerStatistics) -> np.ndarray:
+@proxy("sqrt one-layer KL", reads=("one_slot", "errors"))
+def sqrt_one_layer_kl(statistics: LayerStatistics) -> np.ndarray:
     """Square root of the one-layer divergence, which grows like the size of a perturbation and not like its square."""
     return -np.sqrt(statistics.kl.clip(min=0))
 
 
-def _per_layer(values: list) -> np.ndarray:
-    """Return one number per layer as a column, shape (S, 1)."""
-    return np.array([float(value.double()) for value in values])[:, None]
+@proxy("CLADO", reads=("pair_losses", "errors"))
+def clado(statistics: LayerStatistics) -> np.ndarray:
+    """Losses of all pairs of layers: M[i, j] = -(L(i, j) - L(i) - L(j) + L) / 2, M[i, i] = L - L(i) (Deng et al. 2023).
+
+    The factor is one half because the sum over pairs meets each of them twice. Not separable.
+    """
+    losses = statistics.pair_losses
+    return -(losses + np.diag(np.diag(losses))) / 2
+
+
+@proxy("added logit changes", reads=("one_slot", "errors"))
+def added_logit_changes(statistics: LayerStatistics) -> np.ndarray:
+    """Divergence if the changes of the logits add up: M[i, j] = -mean d_i' S d_j / 2 over images, S = diag(p) - p p'.
+
+    d_i is what quantizing one layer alone does to the logits: the passes of the one-layer KL give all pairs. To second
+    order the score is minus the divergence of the predictions from the float ones. Not separable; introduced here.
+    """
+    return -statistics.logit_products / 2
+
+
+SALIENCIES: Mapping[str, tuple[str, str]] = {
+    "SNIP": ("gradients", "sum |W * G| (Lee et al. 2019)"),
+    "Synflow": ("Synflow", "sum |W * dR/dW| of the all-positive network (Tanaka et al. 2020)"),
+    "plain": ("gradients", "sum W * G (Mozer and Smolensky 1989)"),
+    "Fisher": ("Fisher", "sum over channels of the squared product of output and gradient (Turner et al. 2020)"),
+    "GraSP": ("GraSP", "-sum W * (H g) (Wang et al. 2020)"),
+    "grad-norm": ("gradients", "||G|| (Abdelfattah et al. 2021)"),
+    "L2": ("errors", "||W|| (Abdelfattah et al. 2021)"),
+    "ZiCo": ("ZiCo", "log sum E|g| / std(g) over minibatches (Li et al. 2023)"),
+    "Zen": ("Zen", "gain of Gaussian noise (Lin et al. 2021)"),
+    "NWOT": ("NWOT", "log det of the kernel of activation patterns (Mellor et al. 2021)"),
+}
+
+
+def bit_weighted(name: str) -> Callable[[LayerStatistics], np.ndarray]:
+    """Return the function of a bit-weighted saliency: T[l, b] = b times a number of the layer (Dong et al. 2023)."""
+
+    def scores(statistics: LayerStatistics) -> np.ndarray:
+        return statistics.saliencies[name][:, None] * _bits(statistics)
+
+    scores.__doc__ = f"T[l, b] = b {SALIENCIES[name][1]}."
+    return scores
+
+
+for _name, (_reads, _) in SALIENCIES.items():
+    proxy(f"bit-{_name}", reads=(_reads,))(bit_weighted(_name))
+
+
+@proxy("HAWQ" + RELEASED, reads=("released",), variant="as_released")
+def hawq_released(statistics: LayerStatistics) -> np.ndarray:
+    """Top eigenvalue times bits, no error; the j-th bit meets the convolution after the j-th."""
+    return _misaligned(statistics, statistics.released.eigenvalue[1:-1])
+
+
+@proxy("HAWQ-V2" + RELEASED, reads=("released",), variant="as_released")
+def hawq_v2_released(statistics: LayerStatistics) -> np.ndarray:
+    """Trace times bits, neither mean nor error; the j-th bit meets the convolution after the j-th."""
+    return _misaligned(statistics, statistics.released.trace[1:-1])
+
+
+@proxy("OMPQ" + RELEASED, reads=("released",), variant="as_released")
+def ompq_released(statistics: LayerStatistics) -> np.ndarray:
+    """Bits times exp(-gamma), the j-th bit at the j-th convolution, shortcuts counted."""
+    return _misaligned(statistics, np.exp(-statistics.released.similarity))
+
+
+@proxy("QE" + RELEASED, reads=("released",), variant="as_released")
+def qe_released(statistics: LayerStatistics) -> np.ndarray:
+    """Quantization entropy with the bits counted from the first convolution of the first block."""
+    released = statistics.released
+    weights = stage_weights(released.stage[released.in_block])
+    return align(weights[:, None] * _log_gain(statistics.choices), statistics.slot_count)
+
+
+@proxy("bit-SNIP" + RELEASED, reads=("released",), variant="as_released")
+def bit_snip_released(statistics: LayerStatistics) -> np.ndarray:
+    """SNIP of random weights times bits, the j-th bit at the j-th convolution, shortcuts counted."""
+    return _misaligned(statistics, statistics.released.snip)
+
+
+@proxy("bit-Synflow" + RELEASED, reads=("released",), variant="as_released")
+def bit_synflow_released(statistics: LayerStatistics) -> np.ndarray:
+    """Synflow of weights from N(0, 1) times bits, the j-th bit at the j-th convolution but the last."""
+    return _misaligned(statistics, statistics.released.synflow[:-1])
+
+
+@proxy("EMQ" + RELEASED, reads=("released",), variant="as_released")
+def emq_released(statistics: LayerStatistics) -> np.ndarray:
+    """The released genotype on random weights, with the list of virtual gradients reversed."""
+    released = statistics.released
+    return align(released.gradient_branch[::-1] * released.weight_branch, statistics.slot_count)
+
+
+def _misaligned(statistics: LayerStatistics, values: np.ndarray) -> np.ndarray:
+    """Return the table of bits times a list of numbers, paired as zip does."""
+    return align(values, statistics.slot_count)[:, None] * np.array(statistics.choices, dtype=np.float64)
+
+
+def _bits(statistics: LayerStatistics) -> np.ndarray:
+    """Return the choices as a row, shape (1, B)."""
+    return np.array(statistics.choices, dtype=np.float64)[None]
 
 
 def _squared_error(statistics: LayerStatistics) -> np.ndarray:
-    """Return ||E_lb||^2, shape (S, B)."""
+    """Return ||E_lb||^2, shape (L, B)."""
     return np.stack([e.double().square().sum(dim=(1, 2)).numpy() for e in statistics.errors])
+
+
+def _noise_to_signal(statistics: LayerStatistics) -> np.ndarray:
+    """Return ||E_lb||^2 / ||W_l||^2, shape (L, B)."""
+    signal = np.array([w.double().square().sum().item() for w in statistics.weights])
+    return _squared_error(statistics) / signal[:, None]
 
 
 def build_proxies(profile: Profile) -> None:
     """Score every configuration of the bench with every proxy; write ``proxies.parquet`` and ``proxies.json``.
 
-    The JSON file gives, per proxy: variant, seconds (its statistics and its table) and the score table.
+    The JSON file gives, per proxy: variant, seconds (its statistics and its table) and the score table or matrix.
+    Configurations with widths that the profile does not offer (the sample "one-bit") have no scores.
     """
     started = time.perf_counter()
-    bench, statistics, folder = Bench.load(profile), load_statistics(profile), study_folder(profile)
-    scores, facts = {"config_id": bench.table["config_id"]}, {}
+    statistics, folder = load_statistics(profile), study_folder(profile)
+    configs = scored_configs(profile)
+    columns, facts = {}, {}
     for name, entry in PROXIES.items():
         before = time.perf_counter()
-        table = score_table(name, statistics)
+        found = score_table(name, statistics)
         own = time.perf_counter() - before
-        scores[name] = gather(table, bench.configs, profile.choices)
+        columns[name] = score(found, np.stack(configs["bits"]), profile.choices)
         seconds = sum(statistics.seconds[key] for key in entry.reads) + own
-        facts[name] = {"variant": entry.variant, "seconds": seconds, "table": table.tolist()}
+        facts[name] = {"variant": entry.variant, "seconds": seconds, "table": found.tolist()}
+    scores = configs[["config_id"]].assign(**columns)
     with atomic_path(folder / "proxies.parquet") as path:
-        pd.DataFrame(scores).to_parquet(path, index=False)
+        scores.to_parquet(path, index=False)
     with atomic_path(folder / "proxies.json") as path:
         path.write_text(to_json(facts) + "\n")
     command, seconds = f"emq_lib.proxies.build_proxies on {profile.name}", time.perf_counter() - started
-    record(profile, "proxies.parquet", command=command, seconds=seconds, rows=len(bench))
+    record(profile, "proxies.parquet", command=command, seconds=seconds, rows=len(scores))
     record(profile, "proxies.json", command=command, seconds=seconds, rows=len(facts))
 
 
+def scored_configs(profile: Profile) -> pd.DataFrame:
+    """Return config_id and bits of the bench's configurations, of all quantizers, with the widths on offer."""
+    table = pd.read_parquet(checked_path(profile, "bench.parquet"), columns=["config_id", "bits"])
+    offered = table["bits"].map(lambda bits: set(bits) <= set(profile.choices))
+    return table[offered].drop_duplicates("config_id", ignore_index=True)
+
+
 def load_proxies(profile: Profile) -> tuple[pd.DataFrame, dict[str, dict]]:
-    """Return a study's proxy scores (config_id and one column per proxy) and, per proxy, variant, seconds and table."""
-    scores = pd.read_parquet(checked_path(profile, "proxies.parquet"))
+    """Return a study's proxy scores, and what they come from.
+
+    Returns:
+        scores indexed by config_id, one column per proxy; and, per proxy, variant, seconds and "table", its score
+        table (S, B) or matrix of pairs (S B, S B).
+    """
+    scores = pd.read_parquet(checked_path(profile, "proxies.parquet")).set_index("config_id")
     facts = json.loads(checked_path(profile, "proxies.json").read_text())
     return scores, {name: fact | {"table": np.array(fact["table"])} for name, fact in facts.items()}

@@ -6,6 +6,7 @@ Explained in chapter 02.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -48,6 +49,7 @@ class Comparison:
         lo: lower end of its 95 % interval.
         hi: upper end.
         p: two-sided bootstrap p-value of no difference.
+        se: its standard error.
         n: number of configurations.
     """
 
@@ -55,7 +57,17 @@ class Comparison:
     lo: float
     hi: float
     p: float
+    se: float
     n: int
+
+    def configs_to_separate(self, *, power: float = 0.8, level: float = 0.95) -> float:
+        """Return how many configurations would show this difference with the given probability.
+
+        The standard error falls with the root of n: n' = n ((z_level + z_power) se / difference)^2, in normal
+        approximation. Infinite if there is no difference.
+        """
+        z = stats.norm.ppf((1 + level) / 2) + stats.norm.ppf(power)
+        return self.n * (z * self.se / self.difference) ** 2 if self.difference else math.inf
 
 
 @dataclass(frozen=True)
@@ -175,6 +187,27 @@ def kendall(scores: np.ndarray, accuracy: np.ndarray) -> float:
     return float(stats.kendalltau(*_checked(scores, accuracy)).statistic)
 
 
+def weighted_tau(scores: np.ndarray, accuracy: np.ndarray) -> float:
+    """Return Kendall's tau with hyperbolic weights, in which exchanges among the best count most (Vigna 2015)."""
+    return float(stats.weightedtau(*_checked(scores, accuracy)).statistic)
+
+
+def logit_pearson(scores: np.ndarray, top1: np.ndarray) -> float:
+    """Return Pearson's correlation of scores with log(a / (1 - a)), where a is the top-1 accuracy.
+
+    Args:
+        scores: shape (N,).
+        top1: in percent, shape (N,).
+
+    Raises:
+        InvalidScoreError: see :func:`rho_at`; or an accuracy is not inside 0 to 100.
+    """
+    scores, top1 = _checked(scores, top1)
+    if not ((top1 > 0) & (top1 < 100)).all():
+        raise InvalidScoreError("a logit needs accuracies inside 0 to 100 %.")
+    return float(stats.pearsonr(scores, np.log(top1 / (100 - top1))).statistic)
+
+
 def bootstrap_rho(
     scores: np.ndarray,
     accuracy: np.ndarray,
@@ -236,7 +269,7 @@ def compare(
     difference = rho_at(first, accuracy, percent) - rho_at(second, accuracy, percent)
     one, two = (_rho_of_counts(scores, accuracy, percent) for scores in (first, second))
     found = _bootstrap(lambda counts: one(counts) - two(counts), len(accuracy), resamples=resamples, rng=rng)
-    return Comparison(difference, *_interval(found, 0.95), _p_value(found), len(accuracy))
+    return Comparison(difference, *_interval(found, 0.95), _p_value(found), float(found.draws.std()), len(accuracy))
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
@@ -314,6 +347,54 @@ def bootstrap_partial_rho(
     statistic = _partial_of_counts(*_checked(scores, accuracy), _checked_covariates(covariates, n))
     found = _bootstrap(statistic, n, resamples=resamples, rng=rng)
     return RankEstimate(value, *_interval(found, level), n, level)
+
+
+def bootstrap_binned_rho(
+    scores: np.ndarray,
+    accuracy: np.ndarray,
+    costs: np.ndarray,
+    *,
+    bins: int = 5,
+    resamples: int = 2_000,
+    level: float = 0.95,
+    rng: np.random.Generator,
+) -> RankEstimate:
+    """Estimate the mean of rho inside bins of equally many configurations of similar cost, with its interval.
+
+    What a proxy knows beyond cost, without assuming anything of how accuracy depends on it. Resamples are drawn within
+    bins; the interval is BCa.
+
+    Args:
+        scores: shape (N,), N at least 30.
+        accuracy: shape (N,).
+        costs: shape (N,), e.g. size.
+        bins: number of bins; none has more than one configuration more than another.
+        resamples: number of bootstrap resamples.
+        level: coverage of the interval.
+        rng: source of randomness.
+
+    Returns:
+        the estimate; NaN where scores are equal within a bin, because the proxy is a function of the cost.
+
+    Raises:
+        InvalidScoreError: see :func:`bootstrap_rho`; or a bin would have fewer than 5 configurations.
+        InvalidParameterError: the level, or the number of resamples or bins, is not one.
+    """
+    scores, accuracy = _checked(scores, accuracy)
+    costs = _checked_covariates(np.reshape(costs, (-1, 1)), len(scores))[:, 0]
+    if bins < 1 or len(scores) < 5 * bins:
+        raise InvalidScoreError(f"{bins} bins of 5 configurations or more cannot be cut from {len(scores)}.")
+    groups = np.array_split(np.argsort(costs, kind="stable"), bins)
+    if any(np.ptp(values[group]) == 0 for values in (scores, accuracy) for group in groups):
+        return RankEstimate(math.nan, math.nan, math.nan, len(scores), level)
+    inside = [_rho_of_counts(scores[group], accuracy[group], 100) for group in groups]
+
+    def statistic(counts: np.ndarray) -> np.ndarray:
+        return np.mean([rho(counts[:, group]) for rho, group in zip(inside, groups, strict=True)], axis=0)
+
+    found = _bootstrap(statistic, len(scores), resamples=resamples, rng=rng, strata=groups)
+    value = float(statistic(np.ones((1, len(scores)), dtype=np.int64))[0])
+    return RankEstimate(value, *_interval(found, level), len(scores), level)
 
 
 def noise_ceiling(
@@ -454,6 +535,13 @@ def regret(scores: np.ndarray, accuracy: np.ndarray, costs: np.ndarray, budget: 
     Raises:
         InvalidScoreError: no configuration fits, or costs are not one finite number for each configuration.
     """
+    scores, accuracy = _within(scores, accuracy, costs, budget)
+    return float(accuracy.max() - accuracy[scores.argmax()])
+
+
+def _within(
+    scores: np.ndarray, accuracy: np.ndarray, costs: np.ndarray, budget: float
+) -> tuple[np.ndarray, np.ndarray]:
     scores, accuracy = _checked(scores, accuracy)
     costs = np.asarray(costs, dtype=np.float64)
     if costs.shape != scores.shape or not np.isfinite(costs).all():
@@ -461,7 +549,43 @@ def regret(scores: np.ndarray, accuracy: np.ndarray, costs: np.ndarray, budget: 
     fits = np.flatnonzero(costs <= budget)
     if not len(fits):
         raise InvalidScoreError(f"no configuration costs {budget} or less; the cheapest costs {np.min(costs)}.")
-    return float(accuracy[fits].max() - accuracy[fits[scores[fits].argmax()]])
+    return scores[fits], accuracy[fits]
+
+
+def bootstrap_regret(
+    scores: np.ndarray,
+    accuracy: np.ndarray,
+    costs: np.ndarray,
+    budget: float,
+    *,
+    resamples: int = 2_000,
+    level: float = 0.95,
+    rng: np.random.Generator,
+) -> RankEstimate:
+    """Estimate :func:`regret` with an interval: the plain quantiles of resamples of the configurations within budget.
+
+    Args:
+        scores: shape (N,).
+        accuracy: shape (N,).
+        costs: shape (N,).
+        budget: upper bound on the cost.
+        resamples: number of bootstrap resamples.
+        level: coverage of the interval.
+        rng: source of randomness.
+
+    Returns:
+        the estimate; `n` counts the configurations within the budget.
+
+    Raises:
+        InvalidScoreError: see :func:`regret`.
+    """
+    value = regret(scores, accuracy, costs, budget)
+    scores, accuracy = _within(scores, accuracy, costs, budget)
+    drawn = _draw(resamples, [np.arange(len(scores))], rng) > 0
+    first = np.where(drawn, scores, -np.inf).argmax(axis=1)
+    lost = np.where(drawn, accuracy, -np.inf).max(axis=1) - accuracy[first]
+    lo, hi = np.quantile(lost, [(1 - level) / 2, (1 + level) / 2])
+    return RankEstimate(value, float(lo), float(hi), len(scores), level)
 
 
 def sampling_interval(rho: float, n: int, *, level: float = 0.95) -> tuple[float, float]:
@@ -600,7 +724,12 @@ class _Bootstrap:
 
 
 def _bootstrap(
-    statistic: Callable[[np.ndarray], np.ndarray], n: int, *, resamples: int, rng: np.random.Generator
+    statistic: Callable[[np.ndarray], np.ndarray],
+    n: int,
+    *,
+    resamples: int,
+    rng: np.random.Generator,
+    strata: Sequence[np.ndarray] = (),
 ) -> _Bootstrap:
     """Draw resamples as counts, and leave each configuration out once for the acceleration."""
     if n < MINIMUM:
@@ -608,7 +737,8 @@ def _bootstrap(
     if resamples < 100:
         raise InvalidParameterError(f"a bootstrap interval needs 100 resamples or more, got {resamples}.")
     step = max(1, _BLOCK // n)
-    draws = [statistic(_draw(min(step, resamples - i), n, rng)) for i in range(0, resamples, step)]
+    strata = strata or [np.arange(n)]
+    draws = [statistic(_draw(min(step, resamples - i), strata, rng)) for i in range(0, resamples, step)]
     left_out = [statistic(1 - np.eye(min(step, n - i), n, i, dtype=np.int64)) for i in range(0, n, step)]
     draws, left_out = (values[~np.isnan(values)] for values in map(np.concatenate, (draws, left_out)))
     if len(draws) < 0.95 * resamples:
@@ -623,10 +753,14 @@ def _bootstrap(
     return _Bootstrap(draws, stats.norm.ppf(_share_below(draws, value)), float(acceleration))
 
 
-def _draw(resamples: int, n: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw n of n configurations with replacement: how often each is drawn, shape (resamples, n)."""
-    rows = rng.integers(n, size=(resamples, n)) + n * np.arange(resamples)[:, None]
-    return np.bincount(rows.ravel(), minlength=resamples * n).reshape(resamples, n)
+def _draw(resamples: int, strata: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+    """Draw as many with replacement from each stratum as it has: how often each is drawn, shape (resamples, n)."""
+    counts = np.empty((resamples, sum(map(len, strata))), dtype=np.int64)
+    for members in strata:
+        n = len(members)
+        rows = rng.integers(n, size=(resamples, n)) + n * np.arange(resamples)[:, None]
+        counts[:, members] = np.bincount(rows.ravel(), minlength=resamples * n).reshape(resamples, n)
+    return counts
 
 
 def _share_below(draws: np.ndarray, value: float) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import Markdown, display
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.figure import Figure
 from myst_nb import glue
 
 from emq_lib.artefacts import REPOSITORY
@@ -30,7 +30,13 @@ COLOURS = {
     "BOPs": "#b3b3b3",
     "bit-SNIP": "#e69f00",
     "bit-Synflow": "#c98a00",
+    "HAWQ": "#2f9ed6",
     "HAWQ-V2": "#56b4e9",
+    "OMPQ": "#b58900",
+    "QE": "#7a9a01",
+    "EMQ": "#9c4221",
+    "CLADO": "#7b3294",
+    "added logit changes": "#b07cc6",
     "Fisher error": "#0072b2",
     "relative weight error": "#cc79a7",
     "relative output error": "#a6558a",
@@ -306,14 +312,27 @@ def plot_interactions(effects: np.ndarray, marks: np.ndarray, *, names: Sequence
     return ax
 
 
+def with_interval(table: pd.DataFrame, value: str, lo: str, hi: str, *, decimals: int = 2) -> list[str]:
+    """Return a table's estimates as texts "value [lo, hi]"; a dash where there is none."""
+    return [
+        "–" if math.isnan(row[0]) else "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*row, d=decimals)
+        for row in table[[value, lo, hi]].to_numpy()
+    ]
+
+
 def plot_forest(
-    table: pd.DataFrame, *, bands: Mapping[str, tuple[float, float]] | None = None, ax: Axes | None = None
+    table: pd.DataFrame,
+    *,
+    bands: Mapping[str, tuple[float, float]] | None = None,
+    others: pd.Series | None = None,
+    ax: Axes | None = None,
 ) -> Axes:
     """Draw estimates with their intervals, one row each, the largest on top.
 
     Args:
         table: columns proxy, rho100, lo, hi.
         bands: label -> (lo, hi) drawn as vertical bands (noise ceiling, oracle).
+        others: proxy -> a second value, drawn as a hollow dot.
         ax: axes to draw on.
     """
     ax = ax or plt.gca()
@@ -328,8 +347,72 @@ def plot_forest(
         colour = COLOURS.get(row.proxy, "#999999")
         ax.plot([row.lo, row.hi], [row.Index, row.Index], color=colour, linewidth=2)
         ax.plot(row.rho100, row.Index, "o", color=colour)
+        if others is not None:
+            ax.plot(others[row.proxy], row.Index, "o", color=colour, fillstyle="none", markersize=5)
     ax.set_yticks(range(len(ordered)), ordered["proxy"])
     ax.set(xlabel="Spearman's rho on the held-out configurations", ylim=(-1.5, len(ordered) - 0.5))
+    return ax
+
+
+def plot_forests(
+    tables: Mapping[str, pd.DataFrame], *, bands: Mapping[str, tuple[float, float]], order: Sequence[str]
+) -> Figure:
+    """Draw the estimates of several studies side by side, one panel each, the same rows in all.
+
+    Args:
+        tables: study -> columns proxy, rho100, lo, hi.
+        bands: study -> (lo, hi) of its noise ceiling, drawn as a vertical band.
+        order: the rows, from top to bottom.
+    """
+    figure, axes = plt.subplots(1, len(tables), figsize=(6.5, 1 + 0.19 * len(order)), sharey=True, squeeze=False)
+    for (study, table), ax in zip(tables.items(), axes[0], strict=True):
+        ax.axvspan(*bands[study], color=COLOURS["noise ceiling"], alpha=0.25)
+        for place, row in enumerate(table.set_index("proxy").reindex(order[::-1]).itertuples()):
+            colour = COLOURS.get(row.Index, "#999999")
+            ax.plot([row.lo, row.hi], [place, place], color=colour, linewidth=1.6)
+            ax.plot(row.rho100, place, "o", color=colour, markersize=3.5)
+        ax.set_title(study, fontsize=8)
+        ax.set(xlim=(min(-0.3, table["lo"].min()), 1.02), xlabel="rho")
+    axes[0][0].set_yticks(range(len(order)), order[::-1], fontsize=7.5)
+    return figure
+
+
+def plot_sensitivity(shares: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Draw how much each layer matters to each method as shaded squares.
+
+    Args:
+        shares: one row per method, one column per layer, values from 0 to 1.
+        ax: axes to draw on.
+    """
+    ax = ax or plt.gca()
+    image = ax.imshow(shares.to_numpy(dtype=float), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    ax.figure.colorbar(image, ax=ax, shrink=0.8, label="share of the row's largest")
+    ax.axhline(len(shares) - 1.5, color="#808080", linewidth=1)
+    ax.set_xticks(range(shares.shape[1]), shares.columns, rotation=60, ha="right", fontsize=6.5)
+    ax.set_yticks(range(len(shares)), shares.index, fontsize=8)
+    ax.grid(visible=False)
+    return ax
+
+
+def plot_quality(table: pd.DataFrame, *, labelled: Sequence[str], ax: Axes | None = None) -> Axes:
+    """Draw rho against seconds on a logarithmic axis, one point per proxy, with its interval.
+
+    Args:
+        table: columns proxy, seconds, rho100, lo, hi.
+        labelled: the proxies whose names are written beside their points.
+        ax: axes to draw on.
+    """
+    ax = ax or plt.gca()
+    ax.set_xscale("log")
+    for row in table.itertuples():
+        colour, x = COLOURS.get(row.proxy, "#b0b0b0"), max(row.seconds, 1e-3)
+        ax.plot([x, x], [row.lo, row.hi], color=colour, linewidth=1)
+        ax.plot(x, row.rho100, "o", color=colour, markersize=5)
+        if row.proxy in labelled:
+            place = {"xytext": (5, 3), "textcoords": "offset points", "fontsize": 7.5, "color": colour}
+            ax.annotate(row.proxy, (x, row.rho100), **place)
+    ax.set(xlabel="seconds", ylabel="rho on the held-out half")
+    ax.margins(x=0.15)
     return ax
 
 
@@ -386,23 +469,6 @@ def plot_heatmap(bits: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_xticks(range(bits.shape[1]), bits.columns, rotation=60, ha="right", fontsize=7)
     ax.set_yticks(range(bits.shape[0]), bits.index, fontsize=8)
     ax.grid(visible=False)
-    return ax
-
-
-def plot_tables(tables: Mapping[str, np.ndarray], *, ax: Axes | None = None) -> Axes:
-    """Draw what the fewest instead of the most bits cost in each layer, as a share of the table's total.
-
-    Args:
-        tables: method -> score table (S, B).
-        ax: axes to draw on.
-    """
-    ax = ax or plt.gca()
-    for name, table in tables.items():
-        loss = table[:, -1] - table[:, 0]
-        ax.plot(range(1, len(loss) + 1), loss / loss.sum(), marker="o", markersize=3, label=name, color=COLOURS[name])
-    ax.set(xlabel="searchable layer, in forward order", ylabel="share of the loss at the fewest bits")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend(frameon=False, fontsize=7, ncols=2)
     return ax
 
 

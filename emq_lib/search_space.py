@@ -249,6 +249,7 @@ class Evaluator:
     def __init__(self, statistics: LayerStatistics) -> None:
         self._choices = torch.tensor(statistics.choices, dtype=torch.float32).view(-1, 1, 1)
         self._shape = (len(statistics.names), len(statistics.choices))
+        self._per_slot = statistics.per_slot
         self._inputs = {
             "W": statistics.weights,
             "A": statistics.activations,
@@ -261,10 +262,9 @@ class Evaluator:
     def table(self, genotype: Genotype) -> np.ndarray:
         """Return the score table, float64, shape (S, B); it may hold NaN or infinity, which screening rejects."""
         parts = [self.branch(branch) for branch in genotype.branches]
-        if genotype.binary is None:
-            return parts[0]
         with np.errstate(over="ignore", invalid="ignore"):
-            return BINARIES[genotype.binary](*parts)
+            joined = parts[0] if genotype.binary is None else BINARIES[genotype.binary](*parts)
+            return self._per_slot(joined)
 
     def branch(self, branch: Branch) -> np.ndarray:
         """Return a branch's mean per layer and choice, shape (S, B); computed in float32, averaged in float64."""

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import subprocess
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from scipy import stats
 
 from emq_lib import bench, measuring, reconstruction
-from emq_lib.artefacts import read_manifest, sha256
+from emq_lib.artefacts import REPOSITORY, read_manifest, sha256
 from emq_lib.costs import CostTable, size_cost, weight_bytes
 from emq_lib.errors import (
     ConfigLengthError,
@@ -24,7 +25,7 @@ from emq_lib.errors import (
     MissingArtefactError,
 )
 from emq_lib.models import fold_batchnorm, load_checkpoint, predict
-from emq_lib.profiles import get_profile
+from emq_lib.profiles import get_profile, profile_names
 from emq_lib.quantizers import choose_activation_ranges, fake_quantize
 
 
@@ -300,13 +301,23 @@ def test_missing_truncated_and_altered_benches_are_named(own_study, profile):
         bench.Bench.load(profile)
 
 
-@pytest.mark.parametrize("filename", sorted(read_manifest(get_profile("cifar10-resnet20"))))
-def test_published_files_are_the_ones_of_the_manifest(filename, monkeypatch):
+@pytest.mark.parametrize("name", profile_names())
+def test_published_files_are_the_ones_of_the_manifest(name, monkeypatch):
     monkeypatch.delenv("EMQ_STUDY_ROOT", raising=False)
-    profile = get_profile("cifar10-resnet20")
-    entry = read_manifest(profile)[filename]
-    assert sha256(bench.study_folder(profile) / filename) == entry["sha256"]
-    assert {"rows", "command", "seed", "commit", "versions", "device", "seconds"} <= set(entry)
+    profile = get_profile(name)
+    manifest, folder = read_manifest(profile), bench.study_folder(profile)
+    tracked = subprocess.run(["git", "ls-files", folder], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    published = {path.rpartition("/")[2] for path in tracked.stdout.split()} - {"manifest.json"}
+    assert published <= set(manifest)
+    assert set(manifest) - published <= {"gradients.safetensors"}  # too large for some networks
+    for filename in published:
+        assert sha256(folder / filename) == manifest[filename]["sha256"]
+        assert {"rows", "command", "seed", "commit", "versions", "device", "seconds"} <= set(manifest[filename])
+
+
+def test_published_studies_stay_small(monkeypatch):
+    tracked = subprocess.run(["git", "ls-files", "data"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert sum((REPOSITORY / path).stat().st_size for path in tracked.stdout.split()) < 24e6
 
 
 def test_published_rows_are_measured_again_on_the_real_images(cifar10, monkeypatch):

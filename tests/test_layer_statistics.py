@@ -1,15 +1,23 @@
-"""Statistics against brute force: one image at a time, a dense Hessian, plain forward passes."""
+"""Statistics against brute force: plain forward passes with weights replaced."""
+
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch.func import functional_call, hessian
+from torch.func import functional_call
 
 from emq_lib import layer_statistics as ls
+from emq_lib import proxies
 from emq_lib.artefacts import record, save_tensors
-from emq_lib.errors import CorruptArtefactError
+from emq_lib.errors import (
+    CorruptArtefactError,
+    InvalidParameterError,
+    MissingArtefactError,
+    UnsupportedModelError,
+)
 from emq_lib.quantizers import fake_quantize
 
 NAME = "layer1.0.conv1"
@@ -19,54 +27,6 @@ NAME = "layer1.0.conv1"
 def network(study, profile):
     model, layers = ls._load_folded(profile)
     return model, list(layers.loc[layers["searchable"], "name"])
-
-
-def test_moments_agree_with_one_image_at_a_time(network, data):
-    model, names = network
-    images = data.calibration[:7]
-    weights = [model.get_submodule(name).weight for name in names]
-    single = [
-        torch.autograd.grad(F.cross_entropy(model(images[i : i + 1].inputs()), images.labels[i : i + 1]), weights)
-        for i in range(7)
-    ]
-    first, second = ls.gradient_moments(model, names, images, batch_size=3)
-    for layer in range(len(names)):
-        stack = torch.stack([gradients[layer].flatten(1) for gradients in single])
-        torch.testing.assert_close(first[layer], stack.mean(dim=0), rtol=1e-4, atol=1e-7)
-        torch.testing.assert_close(second[layer], stack.square().mean(dim=0), rtol=1e-4, atol=1e-9)
-
-
-def test_trace_is_that_of_the_dense_hessian(network, data):
-    model, _ = network
-    images = data.calibration[:5]
-    weight = model.get_submodule(NAME).weight.detach()
-
-    def loss(weight):
-        return F.cross_entropy(functional_call(model, {f"{NAME}.weight": weight}, (images.inputs(),)), images.labels)
-
-    dense = hessian(loss)(weight).reshape(weight.numel(), weight.numel())
-    trace, error = ls.hessian_traces(model, [NAME], images, batch_size=2)
-    assert trace[0] == pytest.approx(dense.trace().item(), rel=1e-3)
-    assert error[0] > 0
-
-
-def test_standard_error_of_the_trace_is_that_of_the_mean(network, data):
-    model, _ = network
-    per_image = [ls.hessian_traces(model, [NAME], data.calibration[i : i + 1])[0][0] for i in range(6)]
-    trace, error = ls.hessian_traces(model, [NAME], data.calibration[:6])
-    assert trace[0] == pytest.approx(np.mean(per_image), rel=1e-5)
-    assert error[0] == pytest.approx(np.std(per_image, ddof=1) / 6**0.5, rel=1e-5)
-
-
-def test_synflow_sums_agree_across_layers_in_a_chain():
-    """Without biases and branches every layer's sum of W * dR/dW is R itself (Tanaka et al. 2020, theorem 1)."""
-    chain = torch.nn.Sequential(
-        torch.nn.Conv2d(1, 4, 3, bias=False), torch.nn.ReLU(), torch.nn.Conv2d(4, 3, 3, bias=False), torch.nn.Flatten()
-    )
-    scores = ls.synflow_scores(chain, ["0", "2"], (1, 8, 8))
-    positive = {key: value.abs().double() for key, value in chain.state_dict().items()}
-    total = functional_call(chain, positive, (torch.ones(1, 1, 8, 8, dtype=torch.float64),)).sum().item()
-    np.testing.assert_allclose(scores, [total, total])
 
 
 def test_output_error_is_that_of_the_layers_output(network, data):
@@ -84,20 +44,69 @@ def test_output_error_is_that_of_the_layers_output(network, data):
     assert found[0, 0] == pytest.approx(truth.item(), rel=1e-4)
 
 
-def test_one_layer_kl_agrees_with_plain_passes_and_restores_the_weights(network, data):
-    model, names = network
-    images = data.calibration[:50]
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    quantized = {name: [fake_quantize(model.get_submodule(name).weight.detach(), 2)] for name in names}
-    found = ls.one_layer_kl(model, quantized, images, batch_size=20)
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+def _options(model, names):
+    """Two slots, the first of two layers, at two widths each."""
+    members = [names[:2], names[3:4]]
+    held = [name for slot in members for name in slot]
+    return members, {
+        name: [fake_quantize(model.get_submodule(name).weight.detach(), bits) for bits in (2, 3)] for name in held
+    }
+
+
+def _logits(model, quantized, images, chosen):
+    """Run the network plainly with (layer, choice) pairs quantized."""
+    weights = {f"{name}.weight": quantized[name][choice] for name, choice in chosen}
     with torch.inference_mode():
-        p = model(images.inputs()).double().softmax(dim=1)
-        for row, name in enumerate(names):
-            weights = {f"{name}.weight": quantized[name][0]}
-            q = functional_call(model, weights, (images.inputs(),)).double().softmax(dim=1)
-            truth = (p * (p.log() - q.log())).sum(dim=1).mean().item()
-            assert found[row, 0] == pytest.approx(truth, rel=1e-4, abs=1e-9)
+        return functional_call(model, weights, (images.inputs(),)).double()
+
+
+def test_logits_of_one_slot_agree_with_plain_passes_and_weights_are_restored(network, data):
+    model, names = network
+    images, (members, quantized) = data.calibration[:50], _options(model, names)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    plain, logits = ls.one_slot_logits(model, members, quantized, images, batch_size=20)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    torch.testing.assert_close(plain, _logits(model, quantized, images, []), rtol=1e-4, atol=1e-5)
+    for slot, choice in ((0, 0), (0, 1), (1, 0)):
+        truth = _logits(model, quantized, images, [(name, choice) for name in members[slot]])
+        torch.testing.assert_close(logits[slot, choice], truth, rtol=1e-4, atol=1e-5)
+    kl, loss = ls._divergences(plain, logits, images.labels)
+    p, q = plain.softmax(dim=1), logits[1, 0].softmax(dim=1)
+    assert kl[1, 0] == pytest.approx((p * (p / q).log()).sum(dim=1).mean().item(), rel=1e-6)
+    gain = F.cross_entropy(logits[1, 0], images.labels) - F.cross_entropy(plain, images.labels)
+    assert loss[1, 0] == pytest.approx(gain.item(), rel=1e-6)
+
+
+def test_pair_losses_agree_with_plain_passes(network, data):
+    model, names = network
+    images, (members, quantized) = data.calibration[:30], _options(model, names)
+
+    def loss(*options):
+        chosen = [(name, choice) for slot, choice in options for name in members[slot]]
+        return F.cross_entropy(_logits(model, quantized, images, chosen), images.labels).item()
+
+    options = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    truth = np.zeros((4, 4))
+    for i, one in enumerate(options):
+        for j, two in enumerate(options):
+            if i == j:
+                truth[i, j] = loss(one) - loss()
+            elif one[0] != two[0]:
+                truth[i, j] = loss(one, two) - loss(one) - loss(two) + loss()
+    np.testing.assert_allclose(ls.pair_losses(model, members, quantized, images), truth, atol=1e-5)
+
+
+def test_logit_products_are_the_second_derivative_of_the_divergence():
+    """For small changes of the logits the divergence is half the product of the change with itself."""
+    generator = torch.Generator().manual_seed(0)
+    plain = torch.randn(40, 5, generator=generator, dtype=torch.float64)
+    changes = 1e-3 * torch.randn(2, 1, 40, 5, generator=generator, dtype=torch.float64)
+    products = ls.logit_products(plain, plain + changes)
+    for weights in ((1, 0), (0, 1), (1, 1), (2, -1)):
+        together = plain + weights[0] * changes[0, 0] + weights[1] * changes[1, 0]
+        p = plain.softmax(dim=1)
+        divergence = (p * (p.log() - together.log_softmax(dim=1))).sum(dim=1).mean().item()
+        assert np.array(weights) @ products @ weights / 2 == pytest.approx(divergence, rel=1e-2)
 
 
 def test_activation_samples_are_inputs_of_the_layer(network, data):
@@ -113,7 +122,34 @@ def test_loaded_errors_are_those_of_the_quantizer(study, profile, network):
     weight = model.get_submodule(names[2]).weight.detach()
     truth = (fake_quantize(weight, 3) - weight).flatten(1)
     torch.testing.assert_close(statistics.errors[2][1], truth)
-    assert set(statistics.seconds) == {"errors", "gradients", "activations", "trace", "synflow", "output_error", "kl"}
+    assert statistics.kl.shape == statistics.loss.shape == statistics.output_error.shape == (6, 3)
+    assert statistics.pair_losses.shape == statistics.logit_products.shape == (18, 18)
+
+
+def test_layers_that_share_a_slot_are_added_up(study, profile):
+    statistics = dataclasses.replace(ls.load_statistics(profile), slots=np.array([0, 1, 1, 2, 3, 4]))
+    table = np.arange(12.0).reshape(6, 2)
+    assert statistics.slot_count == 5
+    np.testing.assert_array_equal(statistics.per_slot(table), [[0, 1], [6, 8], [6, 7], [8, 9], [10, 11]])
+
+
+def test_one_class_and_infinite_statistics_are_named(study, profile, data, monkeypatch):
+    images = data.calibration[data.calibration.labels == 3]
+    with pytest.raises(InvalidParameterError, match="of one class"):
+        ls.measure_statistics(profile, images)
+    overflowing = np.array([1.0, np.inf, 1, 1, 1, 1])
+    monkeypatch.setattr(ls.curvature, "top_eigenvalues", lambda *_args, **_kwargs: overflowing)
+    with pytest.raises(UnsupportedModelError, match=r"eigenvalue is NaN or infinite at 'layer1\.0\.conv2'"):
+        ls.measure_statistics(profile, data.calibration[:64])
+
+
+def test_numbers_per_weight_may_be_absent_until_they_are_read(own_study, profile):
+    whole = ls.load_statistics(profile)
+    (own_study / ls.GRADIENTS).unlink()
+    statistics = ls.load_statistics(profile)
+    np.testing.assert_array_equal(proxies.score_table("bit-SNIP", statistics), proxies.score_table("bit-SNIP", whole))
+    with pytest.raises(MissingArtefactError, match="gradients.safetensors does not exist"):
+        proxies.score_table("Fisher error", statistics)
 
 
 def test_statistics_of_another_checkpoint_are_refused(own_study, profile):

@@ -1,5 +1,7 @@
 """The search space: text forms, canonical forms, known proxies as its points, the collapse of a released formula."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from emq_lib import search_space as space
 from emq_lib.errors import GenotypeSyntaxError
 from emq_lib.layer_statistics import LayerStatistics
+from emq_lib.released import ReleasedStatistics
 
 CHOICES = (2, 3, 4)
 
@@ -16,28 +19,37 @@ CHOICES = (2, 3, 4)
 def make_statistics(seed=0, shapes=((4, 9), (6, 18), (5, 12))):
     """Small statistics whose errors shrink with bits, so that formulas have something to find."""
     generator = torch.Generator().manual_seed(seed)
-    tensors = {name: tuple(torch.randn(shape, generator=generator) for shape in shapes) for name in "WAG"}
+    tensors = {name: tuple(torch.randn(shape, generator=generator) for shape in shapes) for name in "WAGV"}
     curvature = tuple(torch.rand(shape, generator=generator) + 0.1 for shape in shapes)
     errors = tuple(
         torch.stack([torch.randn(shape, generator=generator) * (layer + 1) / 2**bits for bits in CHOICES])
         for layer, shape in enumerate(shapes)
     )
     unused = np.zeros(len(shapes))
+    nothing = ReleasedStatistics(**dict.fromkeys([entry.name for entry in fields(ReleasedStatistics)], unused))
     return LayerStatistics(
         choices=CHOICES,
         names=tuple(f"layer{index}" for index in range(len(shapes))),
+        slots=np.arange(len(shapes)),
         parameters=np.array([rows * columns for rows, columns in shapes]),
         macs=unused,
         weights=tensors["W"],
         activations=tensors["A"],
         gradients=tensors["G"],
+        virtual_gradients=tensors["V"],
         curvature=curvature,
         errors=errors,
         trace=unused,
         trace_error=unused,
-        synflow=unused,
+        eigenvalue=unused,
+        similarity=unused,
+        saliencies={},
         output_error=unused,
         kl=unused,
+        loss=unused,
+        logit_products=unused,
+        pair_losses=unused,
+        released=nothing,
         seconds={},
     )
 
