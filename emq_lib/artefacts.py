@@ -162,9 +162,7 @@ def save_tensors(
     """
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with atomic_path(study_folder(profile) / filename) as path:
-        save_file(
-            contiguous, str(path), metadata={"facts": to_json(facts)}
-        )  # several keys would be stored in any order
+        save_file(contiguous, str(path), metadata={"facts": to_json(facts)})
 
 
 def read_facts(profile: Profile, filename: str) -> dict:

@@ -118,7 +118,7 @@ class LayerStatistics:
         return summed
 
 
-PER_WEIGHT = ("gradients", "virtual_gradients", "curvature")
+LARGE = ("activations", "gradients", "virtual_gradients", "curvature")  # a file of their own
 NUMBERS = ("trace", "trace_error", "eigenvalue", "similarity")
 NUMBERS += ("output_error", "kl", "loss", "logit_products", "pair_losses")
 
@@ -396,13 +396,13 @@ def _refuse_infinite(
 
 
 def build_statistics(profile: Profile, calibration: Split) -> None:
-    """Measure the statistics; write ``statistics.safetensors`` and, numbers per weight, ``gradients.safetensors``."""
+    """Measure the statistics; write ``statistics.safetensors`` and, per weight and input, ``gradients.safetensors``."""
     stored = measure_statistics(profile, calibration)
     seconds = stored.pop("seconds")
     facts = {"seconds": seconds, "checkpoint": sha256(study_folder(profile) / "model.safetensors")}
-    per_weight = {key: stored.pop(key) for key in list(stored) if key.partition("/")[0] in PER_WEIGHT}
+    large = {key: stored.pop(key) for key in list(stored) if key.partition("/")[0] in LARGE}
     command = f"emq_lib.layer_statistics.build_statistics on {profile.name}"
-    for filename, tensors in ((STATISTICS, stored), (GRADIENTS, per_weight)):
+    for filename, tensors in ((STATISTICS, stored), (GRADIENTS, large)):
         save_tensors(profile, filename, tensors, facts)
         record(profile, filename, command=command, seconds=sum(seconds.values()))
 
@@ -410,7 +410,7 @@ def build_statistics(profile: Profile, calibration: Split) -> None:
 def load_statistics(profile: Profile) -> LayerStatistics:
     """Load a study's statistics; weights and quantization errors come from its checkpoint. Needs no images.
 
-    Numbers per weight are not published for large networks. What reads them then raises MissingArtefactError.
+    Those per weight and input are not published for large networks. What reads them then raises MissingArtefactError.
 
     Raises:
         MissingArtefactError: the statistics were not built.
@@ -421,10 +421,10 @@ def load_statistics(profile: Profile) -> LayerStatistics:
     names = tuple(searchable["name"])
     stored, seconds = _load_tensors(profile, STATISTICS)
     try:
-        large, _ = _load_tensors(profile, GRADIENTS)
-        per_weight = {key: tuple(large[f"{key}/{name}"] for name in names) for key in PER_WEIGHT}
+        found, _ = _load_tensors(profile, GRADIENTS)
+        large = {key: tuple(found[f"{key}/{name}"] for name in names) for key in LARGE}
     except MissingArtefactError as error:
-        per_weight = dict.fromkeys(PER_WEIGHT, _Absent(str(error)))
+        large = dict.fromkeys(LARGE, _Absent(str(error)))
     quantized = _quantized_weights(model, names, profile.choices)
     weights = tuple(_weight(model, name).flatten(1) for name in names)
     return LayerStatistics(
@@ -438,8 +438,7 @@ def load_statistics(profile: Profile) -> LayerStatistics:
             torch.stack([q.flatten(1) - weight for q in quantized[name]])
             for name, weight in zip(names, weights, strict=True)
         ),
-        activations=tuple(stored[f"activations/{name}"] for name in names),
-        **per_weight,
+        **large,
         **{key: stored[key].numpy() for key in NUMBERS},
         saliencies=_with_prefix(stored, "saliency "),
         released=ReleasedStatistics(**_with_prefix(stored, "released ")),

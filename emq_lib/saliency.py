@@ -6,6 +6,7 @@ they are the bit-weighted family of proxies. Explained in chapter 02.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,12 +25,17 @@ ZEN_NOISE = 1e-2
 def synflow(model: nn.Module, names: Sequence[str], input_shape: tuple[int, ...]) -> np.ndarray:
     """Return sum |W * dR/dW| per layer, R the sum of outputs of the all-positive network on an all-ones image.
 
-    Tanaka et al. 2020, in double precision; needs no data. Shape (L,).
+    Tanaka et al. 2020, in double precision; needs no data. Nothing in that network is negative, so a ReLU passes all
+    of it; a ReLU6 would saturate and stop every gradient, so it counts as a ReLU. Shape (L,).
     """
+    unbounded = copy.deepcopy(model)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ReLU6):
+            unbounded.set_submodule(name, nn.ReLU())
     positive = {key: value.detach().double().abs() for key, value in model.state_dict().items()}
     tracked = [positive[f"{name}.weight"].requires_grad_(True) for name in names]
     ones = torch.ones(1, *input_shape, dtype=torch.float64, device=tracked[0].device)
-    gradients = torch.autograd.grad(functional_call(model, positive, (ones,)).sum(), tracked)
+    gradients = torch.autograd.grad(functional_call(unbounded, positive, (ones,)).sum(), tracked)
     return np.array([(w * g).abs().sum().item() for w, g in zip(tracked, gradients, strict=True)])
 
 

@@ -29,12 +29,16 @@ def _outputs(model, name, inputs):
     return seen[0]
 
 
-def test_synflow_sums_agree_across_layers_in_a_chain():
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.ReLU6])
+def test_synflow_sums_agree_across_layers_in_a_chain(activation):
     """Without biases and branches every layer's sum of W * dR/dW is R itself (Tanaka et al. 2020, theorem 1)."""
-    chain = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 3, 3, bias=False), nn.Flatten())
+    wide = nn.Conv2d(1, 4, 3, bias=False)
+    nn.init.constant_(wide.weight, 1.0)  # outputs of 9, where a ReLU6 saturates
+    chain = nn.Sequential(wide, activation(), nn.Conv2d(4, 3, 3, bias=False), nn.Flatten())
     scores = saliency.synflow(chain, ["0", "2"], (1, 8, 8))
     positive = {key: value.abs().double() for key, value in chain.state_dict().items()}
-    total = functional_call(chain, positive, (torch.ones(1, 1, 8, 8, dtype=torch.float64),)).sum().item()
+    linear = nn.Sequential(chain[0], nn.Identity(), chain[2], nn.Flatten())
+    total = functional_call(linear, positive, (torch.ones(1, 1, 8, 8, dtype=torch.float64),)).sum().item()
     np.testing.assert_allclose(scores, [total, total])
 
 
