@@ -26,7 +26,7 @@
 # | you need | |
 # |---|---|
 # | earlier chapters | [01](01_bench.ipynb) |
-# | files read | `bench.parquet`, `statistics.safetensors`, `proxies.parquet`, `proxies.json`, `heldout.csv` of the study; `heldout.csv` of the others |
+# | files read | `bench.parquet`, `statistics.safetensors`, `proxies.parquet`, `proxies.json`, `heldout.csv` of the study; `heldout.csv` of the others; `benchmarks/curvature.json` |
 # | time and memory | a minute and 1 GB to read; `REBUILD = True` also passes the calibration images through the network |
 
 # %% tags=["parameters"]
@@ -35,6 +35,7 @@ REBUILD = False  # True: compute the study here
 
 # %% tags=["hide-input"]
 import itertools
+import json
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -43,7 +44,7 @@ import scikit_posthocs
 import torch
 import torch.nn.functional as F
 from emq_lib import curvature, layer_statistics, proxies, ranking
-from emq_lib.artefacts import checked_path
+from emq_lib.artefacts import REPOSITORY, checked_path
 from emq_lib.bench import Bench, has_study
 from emq_lib.costs import gather
 from emq_lib.datasets import load_dataset
@@ -157,6 +158,22 @@ chapter.claim(
     errors.median(),
     within=(0.5, 60),
     n=len(errors),
+)
+
+# %% [markdown]
+# The usual way is random probes $v^\top \mathbf{H} v$, one product with the Hessian each. `make benchmarks` runs two libraries that do it
+# layer by layer, until their standard error is as small as that of one call here:
+
+# %%
+timed = json.loads((REPOSITORY / "benchmarks" / "curvature.json").read_text())
+at_equal_error = timed["cifar10-resnet20"]
+chapter.claim(
+    "trace_speed",
+    "PyHessian takes {:.0f} times as long on ResNet-20; "
+    f"curvlinops {at_equal_error['curvlinops']['ratio']:.0f} times.",
+    at_equal_error["pyhessian"]["ratio"],
+    within=(4, 200),
+    n=at_equal_error["layers"],
 )
 
 # %% [markdown]
@@ -314,26 +331,46 @@ results = load_heldout(chapter.profile).query(
     "proxy != 'evolved' and variant != 'as_released'"
 )
 results = results.sort_values("rho100", ascending=False)
-ends = {
+ranks = {
     "rho@20": ("rho20", "lo20", "hi20"),
     "rho@50": ("rho50", "lo50", "hi50"),
     "rho@100": ("rho100", "lo", "hi"),
     "partial rho": ("partial_rho", "partial_lo", "partial_hi"),
-    "rho in size bins": ("binned_rho", "binned_lo", "binned_hi"),
 }
 measured = results.query("variant != 'ceiling'")
-show_table(
-    measured[["proxy"]].assign(
-        **{
-            label: with_interval(measured, *names)
-            for label, names in ends.items()
-        }
+
+
+def show_estimates(ends):
+    """Show every proxy with these estimates and their intervals."""
+    show_table(
+        measured[["proxy"]].assign(
+            **{
+                label: with_interval(measured, *names)
+                for label, names in ends.items()
+            }
+        )
     )
-)
+
+
+show_estimates(ranks)
+
+# %% [markdown]
+# The same proxies by rho inside size bins and by three other correlations: Kendall's tau, the share of pairs in the right order less the
+# share in the wrong one; weighted tau, in which pairs among the best count most; and Pearson's correlation with $\log(a/(1-a))$, where
+# $a$ is the accuracy.
 
 # %%
-show_table(
-    measured[["proxy", "kendall", "weighted_tau", "logit_pearson", "seconds"]]
+show_estimates(
+    {
+        "rho in size bins": ("binned_rho", "binned_lo", "binned_hi"),
+        "Kendall": ("kendall", "kendall_lo", "kendall_hi"),
+        "weighted tau": ("weighted_tau", "weighted_tau_lo", "weighted_tau_hi"),
+        "Pearson, logit": (
+            "logit_pearson",
+            "logit_pearson_lo",
+            "logit_pearson_hi",
+        ),
+    }
 )
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "rho on the held-out half with 95 % intervals. Both proxies with pairs of layers lead; those that look at what rounding does to the network follow; most bit-weighted saliencies are no better than counting bits. The bench's own noise ceiling (grey) is far from all of them.", "name": "fig-02-3"}, "image": {"alt": "One row per proxy with its rho as a point and its interval as a line, sorted, and a narrow vertical band for the noise ceiling on the right."}}
@@ -446,8 +483,7 @@ chapter.claim(
 # %% [markdown]
 # ## All profiles
 #
-# The same table for every study that is published, and for both ways to round weights. Proxies predict what rounding to nearest does; when
-# rounding is learned, accuracies lie close together, and the ceiling comes down.
+# rho on the held-out half of every study that is published, with its interval. First with weights rounded to nearest:
 
 # %%
 studies = [
@@ -462,17 +498,61 @@ tasks = {
     if len(found := load_heldout(get_profile(name), quantizer))
 }
 common = [name for name in measured["proxy"] if "oracle" not in name]
+listed = [*common, "additive oracle", "pairwise oracle", "noise ceiling"]
 overview = pd.DataFrame(
     {
-        task: found.set_index("proxy")["rho100"].reindex(
-            [*common, "additive oracle", "pairwise oracle", "noise ceiling"]
-        )
+        task: found.set_index("proxy")["rho100"].reindex(listed)
         for task, found in tasks.items()
     }
 )
-show_table(overview.reset_index(names="proxy"))
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "rho on the held-out halves of all studies under rounding to nearest, with 95 % intervals; grey bands are noise ceilings. Terms for pairs of layers help on every network.", "name": "fig-02-4"}, "image": {"alt": "One panel per study, the same proxies as rows in each, with points and intervals; CLADO and added logit changes are near the right end in every panel."}}
+
+def show_overview(quantizer):
+    """Show rho of every proxy on every network, measured with a quantizer."""
+    found = {
+        name: tasks[f"{name}, {quantizer}"].set_index("proxy").loc[listed]
+        for name in studies
+        if f"{name}, {quantizer}" in tasks
+    }
+    columns = {
+        name: with_interval(table, "rho100", "lo", "hi")
+        for name, table in found.items()
+    }
+    show_table(pd.DataFrame({"proxy": listed} | columns))
+
+
+show_overview("rtn")
+
+# %% [markdown]
+# Now the same networks with learned rounding. The scores are the same, because none of them knows how weights will be rounded:
+
+# %%
+show_overview("adaround")
+
+# %%
+below = {
+    quantizer: sum(
+        overview.loc["CLADO", f"{name}, {quantizer}"]
+        < overview.loc["bit sum", f"{name}, {quantizer}"]
+        for name in studies
+        if f"{name}, {quantizer}" in tasks
+    )
+    for quantizer in QUANTIZERS
+}
+chapter.claim(
+    "below_counting",
+    f"With learned rounding CLADO ranks worse than the bit sum on {{:.0f}} of {len(studies)} networks; "
+    f"with rounding to nearest on {below['rtn']}.",
+    below["adaround"],
+    within={"cifar10-resnet20": (1, len(studies))},
+    n=len(studies),
+)
+
+# %% [markdown]
+# The oracles are far above both, so there is something to know. What a layer loses by rounding to nearest is not what it loses when its
+# rounding is learned; a proxy for the second must look at the second.
+
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "rho on the held-out halves of all studies under rounding to nearest, with 95 % intervals; grey bands are noise ceilings. Terms for pairs of layers lead on every network, on MobileNetV2 by little.", "name": "fig-02-4"}, "image": {"alt": "One panel per study, the same proxies as rows in each, with points and intervals; CLADO and added logit changes are near the right end in every panel."}}
 plot_forests(
     {name: tasks[f"{name}, rtn"].query("proxy in @common") for name in studies},
     bands={
@@ -632,6 +712,9 @@ chapter.claim(
 #
 # What does a proxy cost? Its statistics on the calibration images and its table, on the machine that the manifest names. Scoring
 # configurations then costs nothing.
+
+# %% tags=["hide-output"]
+show_table(measured[["proxy", "rho100", "seconds"]])
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "rho on the held-out half against seconds. The relative weight error is nearly free; the one-layer divergence and its pairs cost the same; measuring all pairs costs most and ranks best.", "name": "fig-02-7"}, "image": {"alt": "Scatter of rho against seconds on a logarithmic axis, one labelled point per proxy; CLADO top right, relative weight error high and far left."}}
 figure, ax = plt.subplots(figsize=(6.5, 4.4))

@@ -54,8 +54,8 @@ def build_heldout(profile: Profile) -> None:
 
     One row per method and quantizer, and one for the noise ceiling: how the true accuracies would rank these
     measurements. rho at 20, 50 and 100 %; partial rho given size and BOPs; rho inside five bins of similar size, on the
-    held-out half of the stratified sample; each with a 95 % bootstrap interval. Kendall's tau, weighted tau, Pearson on
-    logit accuracy; fitness on the search half (which chose the evolved proxy) and on the held-out half; seconds.
+    held-out half of the stratified sample; Kendall's tau, weighted tau, Pearson on logit accuracy; each with a 95 %
+    bootstrap interval. Fitness on the search half (which chose the evolved proxy) and on the held-out half; seconds.
     """
     started = time.perf_counter()
     rows = [row for quantizer in QUANTIZERS for row in _rows(profile, quantizer)]
@@ -102,6 +102,10 @@ def _ranks(
     partial = ranking.bootstrap_partial_rho(found, top1, covariates, rng=rng)
     sizes = spread.table["size_bytes"].to_numpy()
     binned = ranking.bootstrap_binned_rho(spread_scores, spread.top1, sizes, bins=BINS, rng=rng)
+    others = {
+        statistic.__name__: ranking.bootstrap(statistic, found, top1, rng=rng)
+        for statistic in (ranking.kendall, ranking.weighted_tau, ranking.logit_pearson)
+    }
     return {
         "quantizer": heldout.profile.quantizer,
         "n": len(heldout),
@@ -121,9 +125,11 @@ def _ranks(
         "binned_rho": binned.value,
         "binned_lo": binned.lo,
         "binned_hi": binned.hi,
-        "kendall": ranking.kendall(found, top1),
-        "weighted_tau": ranking.weighted_tau(found, top1),
-        "logit_pearson": ranking.logit_pearson(found, top1),
+        **{
+            f"{name}{end}": getattr(estimate, field)
+            for name, estimate in others.items()
+            for end, field in (("", "value"), ("_lo", "lo"), ("_hi", "hi"))
+        },
         "search_fitness": ranking.fitness(searched, search.half_a),
         "heldout_fitness": np.mean([rho[k].value for k in ranking.PERCENTS]),
     }

@@ -365,6 +365,18 @@ def test_weighted_tau_looks_at_the_best():
     assert ranking.kendall(swapped_best, accuracy) == pytest.approx(ranking.kendall(swapped_worst, accuracy))
 
 
+@pytest.mark.parametrize("statistic", [ranking.kendall, ranking.weighted_tau, ranking.logit_pearson])
+def test_interval_of_any_statistic_is_scipys(statistic):
+    rng = np.random.default_rng(3)
+    scores = rng.normal(size=60)
+    top1 = 50 + 8 * scores + 4 * rng.normal(size=60)
+    found = ranking.bootstrap(statistic, scores, top1, resamples=1_000, rng=rng)
+    other = stats.bootstrap((scores, top1), statistic, paired=True, vectorized=False, n_resamples=1_000, rng=rng)
+    assert found.value == statistic(scores, top1)
+    ends = other.confidence_interval
+    np.testing.assert_allclose((found.lo, found.hi), ends, atol=0.15 * (ends.high - ends.low))
+
+
 def test_correlation_on_the_logit_scale():
     scores = np.array([-2.0, 0.5, 1.0, 3.0])
     assert ranking.logit_pearson(scores, 100 / (1 + np.exp(-scores))) == pytest.approx(1)
