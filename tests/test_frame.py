@@ -26,8 +26,8 @@ def lock():
 
 def test_the_lock_pins_every_dependency_within_its_bounds(lock):
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
-    wanted = project["project"]["dependencies"] + project["dependency-groups"]["test"]
-    for requirement in map(Requirement, wanted):
+    groups = (entry for group in project["dependency-groups"].values() for entry in group if isinstance(entry, str))
+    for requirement in map(Requirement, [*project["project"]["dependencies"], *groups]):
         pins = lock[canonicalize_name(requirement.name)]
         for pin in pins:
             version = next(iter(pin.specifier))
