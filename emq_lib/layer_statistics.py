@@ -22,20 +22,16 @@ from torch import nn
 from emq_lib import curvature, saliency
 from emq_lib.artefacts import checked_path, read_facts, record, save_tensors, sha256, study_folder
 from emq_lib.datasets import Split
-from emq_lib.errors import (
-    CorruptArtefactError,
-    InvalidParameterError,
-    MissingArtefactError,
-    UnsupportedModelError,
-)
+from emq_lib.errors import CorruptArtefactError, InvalidParameterError, UnsupportedModelError
 from emq_lib.models import INPUT_SHAPES, fold_batchnorm, layer_table, load_checkpoint, pre_hooks, segments
 from emq_lib.profiles import Profile
 from emq_lib.quantizers import fake_quantize
 from emq_lib.released import ReleasedStatistics, measure_released, stages
 
-ACTIVATION_IMAGES, ACTIVATION_POSITIONS = 64, 256
+ACTIVATION_IMAGES = 64
 FEW_IMAGES = 128  # for what costs a matrix of images, or a pass for every pair of layers
-STATISTICS, GRADIENTS = "statistics.safetensors", "gradients.safetensors"
+SAMPLE = 4_096  # numbers per layer that are kept of a statistic with one number per weight or input
+STATISTICS = "statistics.safetensors"
 
 
 @dataclass(frozen=True)
@@ -51,16 +47,20 @@ class LayerStatistics:
         parameters: weights per layer, shape (L,).
         macs: multiply-accumulates per layer for one image, shape (L,).
         weights: W, (C_out, K) per layer.
-        activations: A, (C_in, M) per layer: a fixed sample of the layer's inputs.
-        gradients: G, (C_out, K) per layer: gradient of the mean cross-entropy on the calibration images.
-        virtual_gradients: (C_out, K) per layer: gradient of the summed logits of an all-ones image.
-        curvature: H, (C_out, K) per layer: diagonal of the empirical Fisher, the mean squared gradient per image.
         errors: E, (B, C_out, K) per layer: Q_b(W) - W.
+        activations: A, (C_in, M) per layer: a sample of the layer's inputs.
+        gradients: G, (C_out, k) per layer: gradient of the mean cross-entropy on the calibration images, on the k
+            columns of the weight that :func:`sampled_columns` names.
+        virtual_gradients: V, (C_out, k) per layer: gradient of the summed logits of an all-ones image.
+        positive_gradients: R, (C_out, k) per layer: the same of the all-positive network (Synflow's).
+        curvature: H, (C_out, k) per layer: diagonal of the empirical Fisher, the mean squared gradient per image.
+        channel_products: C, (C_out, n) per layer: output times its gradient, summed over positions, per image.
         trace: trace of the Hessian of the mean cross-entropy per layer, shape (L,).
         trace_error: its standard error over the calibration images, shape (L,).
         eigenvalue: largest eigenvalue of the same block, on 128 images, shape (L,).
         similarity: CKA of each layer's output with every other layer's, summed, on 128 images, shape (L,).
         saliencies: name -> what a zero-cost proxy says of each layer, shape (L,).
+        fisher_error: sum F * (Q_b(W) - W)^2 over all weights, F the diagonal of the empirical Fisher, shape (L, B).
         output_error: ||(Q_b(W) - W) x||^2 / ||W x||^2 over the calibration images, shape (L, B).
         kl: Kullback-Leibler divergence in nats of the predictions when one slot alone is quantized, shape (S, B).
         loss: what the cross-entropy on the calibration images gains thereby, shape (S, B).
@@ -78,16 +78,19 @@ class LayerStatistics:
     parameters: np.ndarray
     macs: np.ndarray
     weights: tuple[torch.Tensor, ...]
+    errors: tuple[torch.Tensor, ...]
     activations: tuple[torch.Tensor, ...]
     gradients: tuple[torch.Tensor, ...]
     virtual_gradients: tuple[torch.Tensor, ...]
+    positive_gradients: tuple[torch.Tensor, ...]
     curvature: tuple[torch.Tensor, ...]
-    errors: tuple[torch.Tensor, ...]
+    channel_products: tuple[torch.Tensor, ...]
     trace: np.ndarray
     trace_error: np.ndarray
     eigenvalue: np.ndarray
     similarity: np.ndarray
     saliencies: Mapping[str, np.ndarray]
+    fisher_error: np.ndarray
     output_error: np.ndarray
     kl: np.ndarray
     loss: np.ndarray
@@ -118,28 +121,40 @@ class LayerStatistics:
         return summed
 
 
-LARGE = ("activations", "gradients", "virtual_gradients", "curvature")  # a file of their own
-NUMBERS = ("trace", "trace_error", "eigenvalue", "similarity")
+SAMPLES = ("activations", "gradients", "virtual_gradients", "positive_gradients", "curvature", "channel_products")
+NUMBERS = ("trace", "trace_error", "eigenvalue", "similarity", "fisher_error")
 NUMBERS += ("output_error", "kl", "loss", "logit_products", "pair_losses")
+
+
+def sampled_columns(channels: int, columns: int) -> np.ndarray:
+    """Return which columns of a (channels, columns) matrix are kept: all, or as many as give 4,096 numbers.
+
+    The same for every statistic of that shape, so that products of statistics meet element by element.
+    """
+    kept = min(columns, max(1, SAMPLE // channels))
+    return np.sort(np.random.default_rng(columns).permutation(columns)[:kept])
+
+
+def sampled(x: torch.Tensor) -> torch.Tensor:
+    """Return the sampled columns of a tensor (..., channels, columns)."""
+    return x[..., torch.from_numpy(sampled_columns(*x.shape[-2:])).to(x.device)].contiguous()
 
 
 @torch.inference_mode()
 def activation_samples(model: nn.Module, names: Sequence[str], split: Split) -> list[torch.Tensor]:
-    """Return a fixed sample of each named layer's inputs on the first images of a split, shape (C_in, M)."""
+    """Return a sample of each named layer's inputs on the first images of a split, shape (C_in, M)."""
     samples = {}
 
     def take(name: str) -> Callable:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             x = inputs[0].movedim(-1, 1) if isinstance(module, nn.Linear) else inputs[0]
-            channels = x.transpose(0, 1).flatten(1)
-            stride = max(1, channels.shape[1] // ACTIVATION_POSITIONS)
-            samples[name] = channels[:, ::stride][:, :ACTIVATION_POSITIONS].clone()
+            samples[name] = sampled(x.transpose(0, 1).flatten(1))
 
         return hook
 
     with pre_hooks(model, {name: take(name) for name in names}):
         model(split[:ACTIVATION_IMAGES].inputs())
-    return [samples[name].contiguous() for name in names]
+    return [samples[name] for name in names]
 
 
 @torch.inference_mode()
@@ -325,10 +340,20 @@ def measure_statistics(profile: Profile, calibration: Split) -> dict[str, torch.
         quantized = _quantized_weights(model, names, profile.choices)
         errors = {name: [weight - _weight(model, name) for weight in quantized[name]] for name in names}
     with _timed(seconds, "gradients"):
-        moments = curvature.gradient_moments(model, names, calibration)
-        tensors |= dict(zip(("gradients", "curvature"), moments, strict=True))
+        gradients, fisher = curvature.gradient_moments(model, names, calibration)
+        arrays["fisher_error"] = np.array(
+            [
+                [(f * e.flatten(1).square()).double().sum().item() for e in errors[name]]
+                for name, f in zip(names, fisher, strict=True)
+            ]
+        )
+    tensors |= {"gradients": [sampled(g) for g in gradients], "curvature": [sampled(f) for f in fisher]}
     with _timed(seconds, "virtual_gradients"):
-        tensors["virtual_gradients"] = saliency.virtual_gradients(model, names, shape)
+        tensors["virtual_gradients"] = [sampled(v) for v in saliency.virtual_gradients(model, names, shape)]
+    with _timed(seconds, "positive_gradients"):
+        tensors["positive_gradients"] = [sampled(r).float() for r in saliency.positive_gradients(model, names, shape)]
+    with _timed(seconds, "channel_products"):
+        tensors["channel_products"] = [sampled(c) for c in saliency.channel_products(model, names, few)]
     with _timed(seconds, "activations"):
         tensors["activations"] = activation_samples(model, names, calibration)
     with _timed(seconds, "trace"):
@@ -338,7 +363,7 @@ def measure_statistics(profile: Profile, calibration: Split) -> dict[str, torch.
         arrays["eigenvalue"] = curvature.top_eigenvalues(model, names, few)
     with _timed(seconds, "similarity"):
         arrays["similarity"] = saliency.linear_cka(model, names, few).sum(axis=1) - 1
-    pairs = [(_weight(model, name).flatten(1), g) for name, g in zip(names, tensors["gradients"], strict=True)]
+    pairs = [(_weight(model, name).flatten(1), g) for name, g in zip(names, gradients, strict=True)]
     measures: dict[str, Callable[[], list | np.ndarray]] = {
         "SNIP": lambda: [(w * g).abs().sum() for w, g in pairs],
         "plain": lambda: [(w * g).sum() for w, g in pairs],
@@ -396,35 +421,30 @@ def _refuse_infinite(
 
 
 def build_statistics(profile: Profile, calibration: Split) -> None:
-    """Measure the statistics; write ``statistics.safetensors`` and, per weight and input, ``gradients.safetensors``."""
+    """Measure the statistics and write ``statistics.safetensors``."""
     stored = measure_statistics(profile, calibration)
     seconds = stored.pop("seconds")
     facts = {"seconds": seconds, "checkpoint": sha256(study_folder(profile) / "model.safetensors")}
-    large = {key: stored.pop(key) for key in list(stored) if key.partition("/")[0] in LARGE}
+    save_tensors(profile, STATISTICS, stored, facts)
     command = f"emq_lib.layer_statistics.build_statistics on {profile.name}"
-    for filename, tensors in ((STATISTICS, stored), (GRADIENTS, large)):
-        save_tensors(profile, filename, tensors, facts)
-        record(profile, filename, command=command, seconds=sum(seconds.values()))
+    record(profile, STATISTICS, command=command, seconds=sum(seconds.values()))
 
 
 def load_statistics(profile: Profile) -> LayerStatistics:
     """Load a study's statistics; weights and quantization errors come from its checkpoint. Needs no images.
 
-    Those per weight and input are not published for large networks. What reads them then raises MissingArtefactError.
-
     Raises:
         MissingArtefactError: the statistics were not built.
         CorruptArtefactError: they belong to another checkpoint, or the file is truncated.
     """
+    path, checkpoint = checked_path(profile, STATISTICS), checked_path(profile, "model.safetensors")
+    facts = read_facts(profile, STATISTICS)
+    if facts["checkpoint"] != sha256(checkpoint):
+        raise CorruptArtefactError(f"{path} was measured on another checkpoint. Build it again with REBUILD=True.")
+    stored = load_file(str(path))
     model, layers = _load_folded(profile)
     searchable = layers[layers["searchable"]]
     names = tuple(searchable["name"])
-    stored, seconds = _load_tensors(profile, STATISTICS)
-    try:
-        found, _ = _load_tensors(profile, GRADIENTS)
-        large = {key: tuple(found[f"{key}/{name}"] for name in names) for key in LARGE}
-    except MissingArtefactError as error:
-        large = dict.fromkeys(LARGE, _Absent(str(error)))
     quantized = _quantized_weights(model, names, profile.choices)
     weights = tuple(_weight(model, name).flatten(1) for name in names)
     return LayerStatistics(
@@ -438,38 +458,16 @@ def load_statistics(profile: Profile) -> LayerStatistics:
             torch.stack([q.flatten(1) - weight for q in quantized[name]])
             for name, weight in zip(names, weights, strict=True)
         ),
-        **large,
+        **{key: tuple(stored[f"{key}/{name}"] for name in names) for key in SAMPLES},
         **{key: stored[key].numpy() for key in NUMBERS},
         saliencies=_with_prefix(stored, "saliency "),
         released=ReleasedStatistics(**_with_prefix(stored, "released ")),
-        seconds=seconds,
+        seconds=facts["seconds"],
     )
-
-
-def _load_tensors(profile: Profile, filename: str) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Return the tensors of a file of statistics and the times they took, after checking that they are current."""
-    path, checkpoint = checked_path(profile, filename), checked_path(profile, "model.safetensors")
-    facts = read_facts(profile, filename)
-    if facts["checkpoint"] != sha256(checkpoint):
-        raise CorruptArtefactError(f"{path} was measured on another checkpoint. Build it again with REBUILD=True.")
-    return load_file(str(path)), facts["seconds"]
 
 
 def _with_prefix(stored: Mapping[str, torch.Tensor], prefix: str) -> dict[str, np.ndarray]:
     return {key.removeprefix(prefix): stored[key].numpy() for key in stored if key.startswith(prefix)}
-
-
-class _Absent(Sequence):
-    """Tensors per layer that are not there; asking for one raises MissingArtefactError."""
-
-    def __init__(self, message: str) -> None:
-        self._message = message
-
-    def __len__(self) -> int:
-        raise MissingArtefactError(self._message)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        raise MissingArtefactError(self._message)
 
 
 def _load_folded(profile: Profile) -> tuple[torch.fx.GraphModule, pd.DataFrame]:

@@ -211,8 +211,7 @@ def emq(statistics: LayerStatistics) -> np.ndarray:
 @proxy("Fisher error", reads=("gradients", "errors"))
 def fisher_error(statistics: LayerStatistics) -> np.ndarray:
     """Squared error weighted by the empirical Fisher diagonal: T[l, b] = -sum F_l * E_lb^2 (as in FIT, 2022)."""
-    pairs = zip(statistics.curvature, statistics.errors, strict=True)
-    return -np.stack([(h * e.square()).sum(dim=(1, 2)).double().numpy() for h, e in pairs])
+    return -statistics.fisher_error
 
 
 @proxy("relative weight error", reads=("errors",))

@@ -22,11 +22,11 @@ from emq_lib.errors import InvalidParameterError
 ZEN_NOISE = 1e-2
 
 
-def synflow(model: nn.Module, names: Sequence[str], input_shape: tuple[int, ...]) -> np.ndarray:
-    """Return sum |W * dR/dW| per layer, R the sum of outputs of the all-positive network on an all-ones image.
+def positive_gradients(model: nn.Module, names: Sequence[str], input_shape: tuple[int, ...]) -> list[torch.Tensor]:
+    """Return dR/dW per layer, R the sum of outputs of the all-positive network on an all-ones image, (C_out, K).
 
-    Tanaka et al. 2020, in double precision; needs no data. Nothing in that network is negative, so a ReLU passes all
-    of it; a ReLU6 would saturate and stop every gradient, so it counts as a ReLU. Shape (L,).
+    In double precision; needs no data. Nothing in that network is negative, so a ReLU passes all of it; a ReLU6 would
+    saturate and stop every gradient, so it counts as a ReLU.
     """
     unbounded = copy.deepcopy(model)
     for name, module in model.named_modules():
@@ -36,7 +36,14 @@ def synflow(model: nn.Module, names: Sequence[str], input_shape: tuple[int, ...]
     tracked = [positive[f"{name}.weight"].requires_grad_(True) for name in names]
     ones = torch.ones(1, *input_shape, dtype=torch.float64, device=tracked[0].device)
     gradients = torch.autograd.grad(functional_call(unbounded, positive, (ones,)).sum(), tracked)
-    return np.array([(w * g).abs().sum().item() for w, g in zip(tracked, gradients, strict=True)])
+    return [gradient.flatten(1) for gradient in gradients]
+
+
+def synflow(model: nn.Module, names: Sequence[str], input_shape: tuple[int, ...]) -> np.ndarray:
+    """Return sum |W * dR/dW| per layer with the gradients above, shape (L,) (Tanaka et al. 2020)."""
+    gradients = positive_gradients(model, names, input_shape)
+    weights = [model.get_submodule(name).weight.detach().flatten(1) for name in names]
+    return np.array([(w * g).abs().sum().item() for w, g in zip(weights, gradients, strict=True)])
 
 
 def virtual_gradients(
@@ -48,21 +55,23 @@ def virtual_gradients(
     return [gradient.flatten(1) for gradient in torch.autograd.grad(model(ones).sum(), weights)]
 
 
-def channel_fisher(model: nn.Module, names: Sequence[str], split: Split) -> np.ndarray:
-    """Return sum_c mean_n 1/2 (sum_p a_ncp g_ncp)^2 per layer, a its output and g the gradient there, shape (L,).
-
-    The Fisher pruning score of Theis et al. 2018 as BlockSwap (Turner et al. 2020) uses it; p runs over positions.
-    """
+def channel_products(model: nn.Module, names: Sequence[str], split: Split) -> list[torch.Tensor]:
+    """Return sum_p a_ncp g_ncp per layer, a its output and g the gradient there, p over positions, shape (C_out, N)."""
     with layer_outputs(model, names) as seen:
         logits = model(split.inputs())
     outputs = [seen[name][1] for name in names]
     gradients = torch.autograd.grad(logits, outputs, grad_outputs=cross_entropy_seed(split.labels, logits.detach()))
-    return np.array(
-        [
-            0.5 * (channels_first(a) * channels_first(g)).sum(dim=2).double().square().sum().item() / len(split)
-            for a, g in zip(outputs, gradients, strict=True)
-        ]
-    )
+    pairs = zip(outputs, gradients, strict=True)
+    return [(channels_first(a) * channels_first(g)).sum(dim=2).detach().T for a, g in pairs]
+
+
+def channel_fisher(model: nn.Module, names: Sequence[str], split: Split) -> np.ndarray:
+    """Return sum_c mean_n 1/2 (sum_p a_ncp g_ncp)^2 per layer, shape (L,).
+
+    The Fisher pruning score of Theis et al. 2018 as BlockSwap (Turner et al. 2020) uses it.
+    """
+    products = channel_products(model, names, split)
+    return np.array([0.5 * product.double().square().sum().item() / len(split) for product in products])
 
 
 def channels_first(x: torch.Tensor) -> torch.Tensor:

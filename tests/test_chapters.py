@@ -31,7 +31,6 @@ def test_the_study_is_complete(build):
         "bench.parquet",
         "checks.csv",
         "statistics.safetensors",
-        "gradients.safetensors",
         "proxies.parquet",
         "proxies.json",
         "evolution.jsonl",

@@ -10,14 +10,8 @@ from safetensors.torch import load_file
 from torch.func import functional_call
 
 from emq_lib import layer_statistics as ls
-from emq_lib import proxies
 from emq_lib.artefacts import record, save_tensors
-from emq_lib.errors import (
-    CorruptArtefactError,
-    InvalidParameterError,
-    MissingArtefactError,
-    UnsupportedModelError,
-)
+from emq_lib.errors import CorruptArtefactError, InvalidParameterError, UnsupportedModelError
 from emq_lib.quantizers import fake_quantize
 
 NAME = "layer1.0.conv1"
@@ -113,8 +107,18 @@ def test_activation_samples_are_inputs_of_the_layer(network, data):
     model, names = network
     samples = ls.activation_samples(model, names, data.calibration)
     assert [sample.shape[0] for sample in samples] == [8, 8, 8, 16, 16, 32]
-    assert all(sample.shape[1] == ls.ACTIVATION_POSITIONS for sample in samples)
+    assert all(sample.numel() == ls.SAMPLE for sample in samples)
     assert all((sample >= 0).all() for sample in samples)  # every searchable layer comes after a ReLU
+
+
+def test_a_sample_takes_the_same_columns_of_every_statistic():
+    columns = ls.sampled_columns(32, 288)
+    assert len(columns) == len(set(columns)) == ls.SAMPLE // 32
+    x = torch.arange(3.0 * 32 * 288).view(3, 32, 288)
+    torch.testing.assert_close(ls.sampled(x), x[:, :, columns])
+    torch.testing.assert_close(ls.sampled(x[0]), x[0][:, columns])
+    torch.testing.assert_close(ls.sampled(x[0, :8]), x[0, :8])  # small layers are kept whole
+    assert len(ls.sampled_columns(10_000, 7)) == 1
 
 
 def test_loaded_errors_are_those_of_the_quantizer(study, profile, network):
@@ -141,15 +145,6 @@ def test_one_class_and_infinite_statistics_are_named(study, profile, data, monke
     monkeypatch.setattr(ls.curvature, "top_eigenvalues", lambda *_args, **_kwargs: overflowing)
     with pytest.raises(UnsupportedModelError, match=r"eigenvalue is NaN or infinite at 'layer1\.0\.conv2'"):
         ls.measure_statistics(profile, data.calibration[:64])
-
-
-def test_numbers_per_weight_may_be_absent_until_they_are_read(own_study, profile):
-    whole = ls.load_statistics(profile)
-    (own_study / ls.GRADIENTS).unlink()
-    statistics = ls.load_statistics(profile)
-    np.testing.assert_array_equal(proxies.score_table("bit-SNIP", statistics), proxies.score_table("bit-SNIP", whole))
-    with pytest.raises(MissingArtefactError, match="gradients.safetensors does not exist"):
-        proxies.score_table("Fisher error", statistics)
 
 
 def test_statistics_of_another_checkpoint_are_refused(own_study, profile):

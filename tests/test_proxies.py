@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from emq_lib import bench, proxies
+from emq_lib import bench, curvature, layer_statistics, proxies
 from emq_lib.errors import InvalidScoreError
 from emq_lib.layer_statistics import load_statistics
 
@@ -16,13 +16,19 @@ def statistics(study, profile):
     return load_statistics(profile)
 
 
-def _truth(name, s, layer, column):
+@pytest.fixture(scope="module")
+def moments(built_study, profile, data):
+    """Gradients and Fisher diagonal of every weight; the statistics keep a sample of large layers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EMQ_STUDY_ROOT", str(built_study))
+        model, layers = layer_statistics._load_folded(profile)
+    return curvature.gradient_moments(model, list(layers.loc[layers["searchable"], "name"]), data.calibration)
+
+
+def _truth(name, s, moments, layer, column):
     """One entry of a score table, computed entry by entry in double precision."""
     b = s.choices[column]
-    w, g, v, f = (
-        np.asarray(tensors[layer], dtype=np.float64)
-        for tensors in (s.weights, s.gradients, s.virtual_gradients, s.curvature)
-    )
+    w, g, f = (np.asarray(tensors[layer], dtype=np.float64) for tensors in (s.weights, *moments))
     e = np.asarray(s.errors[layer][column], dtype=np.float64)
     return {
         "bit sum": lambda: b,
@@ -64,9 +70,9 @@ SEPARABLE = [name for name in SEPARABLE if name not in ("CLADO", "added logit ch
 
 
 @pytest.mark.parametrize("name", SEPARABLE)
-def test_table_agrees_with_its_formula(name, statistics):
+def test_table_agrees_with_its_formula(name, statistics, moments):
     table = proxies.score_table(name, statistics)
-    truth = [[_truth(name, statistics, layer, column) for column in range(3)] for layer in range(6)]
+    truth = [[_truth(name, statistics, moments, layer, column) for column in range(3)] for layer in range(6)]
     np.testing.assert_allclose(table, truth, rtol=1e-4)
 
 
