@@ -5,14 +5,11 @@ Explained in chapter 01.
 
 from __future__ import annotations
 
-import ast
 import functools
 import hashlib
-import inspect
 import itertools
 import json
 import pathlib
-import textwrap
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +22,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from emq_lib import quantizers, reconstruction
-from emq_lib.artefacts import atomic_path, checked_path, named_when_full, sha256, study_folder, to_json
+from emq_lib.artefacts import atomic_path, checked_path, named_when_full, sha256, source_hash, study_folder, to_json
 from emq_lib.costs import choice_indices
 from emq_lib.datasets import ImageData, Split
 from emq_lib.errors import DatasetMismatchError
@@ -314,17 +311,7 @@ def code_version(quantizer: str) -> str:
     decisive = [fold_batchnorm, quantizers.choose_qparams, quantizers._affine, quantizers._round_trip]
     decisive += [quantizers.QuantizedWeight, quantizers.quantize, quantizers.choose_activation_ranges]
     decisive += [quantizers.ActivationRange, quantizers.QuantizedLayer.forward]
-    digest = hashlib.blake2b(digest_size=8)
-    for part in (*decisive, *([reconstruction] if quantizer == "adaround" else [])):
-        tree = ast.parse(textwrap.dedent(inspect.getsource(part)))
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-                value = body[0].value
-                if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                    node.body = body[1:] or [ast.Pass()]
-        digest.update(ast.dump(tree).encode())
-    return digest.hexdigest()
+    return source_hash(*decisive, *([reconstruction] if quantizer == "adaround" else []))
 
 
 class PartialRows:

@@ -36,7 +36,7 @@ class EvolutionBudget:
 
     population: int = 50
     iterations: int = 1_000
-    seeds: int = 5
+    seeds: int = 10
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ register(
         bench_configs=240,
         stratified_configs=120,
         one_bit_configs=120,
-        evolution=EvolutionBudget(population=30, iterations=300, seeds=3),
+        evolution=EvolutionBudget(population=20, iterations=150),
     )
 )
 register(

@@ -18,7 +18,7 @@ import pandas as pd
 from scipy import stats
 
 from emq_lib.artefacts import atomic_path, checked_path, record, study_folder, to_json
-from emq_lib.costs import choice_indices, gather
+from emq_lib.costs import choice_indices
 from emq_lib.errors import InvalidScoreError
 from emq_lib.layer_statistics import LayerStatistics, load_statistics
 from emq_lib.profiles import Profile
@@ -102,13 +102,31 @@ def is_table(scores: np.ndarray, choices: tuple[int, ...]) -> bool:
     return scores.shape[1] == len(choices)
 
 
-def score(scores: np.ndarray, configs: np.ndarray, choices: tuple[int, ...]) -> np.ndarray:
+def _survival(parts: np.ndarray) -> np.ndarray:
+    """Add up, layer after layer, what is left of a signal that each layer damages by its share of the damage."""
+    return np.exp(np.cumsum(parts, axis=1).clip(max=50)).sum(axis=1)
+
+
+# How the parts (N, S) that the slots of N configurations contribute make a score. All but the sum and the sum weighted
+# by depth depend on which layers meet.
+AGGREGATIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+    "sum": lambda parts: parts.sum(axis=1),
+    "depth": lambda parts: (parts * np.arange(1, parts.shape[1] + 1)).sum(axis=1),
+    "weakest": lambda parts: parts.min(axis=1),
+    "survival": _survival,
+}
+SEPARABLE = ("sum", "depth")
+
+
+def score(scores: np.ndarray, configs: np.ndarray, choices: tuple[int, ...], *, aggregation: str = "sum") -> np.ndarray:
     """Return the score of each configuration.
 
     Args:
         scores: table (S, B) or matrix of pairs (S B, S B).
         configs: bits, shape (N, S).
         choices: the B allowed widths.
+        aggregation: how slots are combined: a key of :data:`AGGREGATIONS`. A slot contributes the entry that it
+            selects, or the sum of its pairs' entries; "survival" measures them by the mean size of an entry.
 
     Returns:
         float64 array of shape (N,).
@@ -116,11 +134,17 @@ def score(scores: np.ndarray, configs: np.ndarray, choices: tuple[int, ...]) -> 
     >>> score(np.array([[1.0, 2.0, 4.0], [10.0, 20.0, 40.0]]), np.array([[2, 4]]), (2, 3, 4))
     array([41.])
     """
-    if is_table(scores, choices):
-        return gather(scores, configs, choices)
-    slots = len(scores) // len(choices)
-    chosen = choice_indices(configs, choices, slots) + len(choices) * np.arange(slots)
-    return scores[chosen[:, :, None], chosen[:, None, :]].sum(axis=(1, 2))
+    table = is_table(scores, choices)
+    slots = len(scores) // (1 if table else len(choices))
+    chosen = choice_indices(configs, choices, slots)
+    if table:
+        parts = scores[np.arange(slots), chosen]
+    else:
+        chosen = chosen + len(choices) * np.arange(slots)
+        parts = scores[chosen[:, :, None], chosen[:, None, :]].sum(axis=2)
+    if aggregation == "survival":
+        parts = parts / (np.abs(scores).mean() or 1.0) / (1 if table else slots)
+    return AGGREGATIONS[aggregation](parts)
 
 
 @proxy("bit sum", variant="trivial")

@@ -1,0 +1,325 @@
+"""The searches of chapter 03: evolution, its controls and its ablations, run from many seeds; their log and results."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+
+from emq_lib import ranking
+from emq_lib.artefacts import atomic_path, checked_path, record, sha256, study_folder, to_json
+from emq_lib.bench import Bench
+from emq_lib.errors import CorruptArtefactError, InvalidParameterError
+from emq_lib.evolution import (
+    GENES,
+    Generation,
+    Journal,
+    Judge,
+    Problem,
+    evolve,
+    evolve_front,
+    improvements,
+    random_search,
+)
+from emq_lib.layer_statistics import load_statistics
+from emq_lib.profiles import Profile
+from emq_lib.proxies import AGGREGATIONS, is_table
+from emq_lib.search_space import ERROR, FACTOR, INPUTS, KNOWN, STRUCTURES, Evaluator, Genotype, Space, parse
+
+BINS, HALVES, PENALTY, FEW, ISLANDS, GENTLE, LONG = 5, 8, 0.002, 50, 5, 0.15, 3
+EVOLUTION, CONTROL, REFINED, WITH_PAIRS = "evolution", "random search", "refined", "refined, pairs of layers"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to search.
+
+    Attributes:
+        inputs: what formulas may read.
+        goal: what fitness is: "ranks", the paper's; "rho", that of all configurations alone; "few", the paper's on the
+            first 50 configurations; "halves", the mean less the deviation over random halves; "short", less .002 for
+            each operation; "sizes", rho inside five bins of size; "three", the paper's, beside cost and complexity.
+        separable: whether formulas must be sums over layers.
+        diversity: whether a newcomer contests every child.
+        screening: whether equivalent candidates are recognized.
+        prioritized: whether operations are drawn by their weights.
+        genes: share of its genes that a mutation draws afresh.
+        known: whether the population starts from hand-made proxies.
+        islands: populations that share the budget.
+        times: how many times the budget's iterations it runs.
+    """
+
+    inputs: tuple[str, ...] = tuple(INPUTS)
+    goal: str = "ranks"
+    separable: bool = True
+    diversity: bool = True
+    screening: bool = True
+    prioritized: bool = True
+    genes: float = GENES
+    known: bool = False
+    islands: int = 1
+    times: int = 1
+
+
+METHODS: dict[str, Method] = {
+    EVOLUTION: Method(),
+    "bits as a factor": Method(inputs=FACTOR),
+    "errors": Method(inputs=ERROR),
+    "without diversity": Method(diversity=False),
+    "without screening": Method(screening=False),
+    "without prioritization": Method(prioritized=False),
+    "50 configurations": Method(goal="few"),
+    "random halves": Method(goal="halves"),
+    "short formulas": Method(goal="short"),
+    "inside sizes": Method(goal="sizes"),
+    "three goals": Method(goal="three"),
+    "islands": Method(islands=ISLANDS),
+    "gentle mutation": Method(genes=GENTLE),
+    "known proxies": Method(known=True),
+    REFINED: Method(genes=GENTLE, known=True, times=LONG),
+    REFINED + ", for rho": Method(goal="rho", genes=GENTLE, known=True, times=LONG),
+    WITH_PAIRS: Method(separable=False, genes=GENTLE, known=True, times=LONG),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One search: a method in one structure from one seed."""
+
+    method: str
+    structure: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of its random stream and of its journal."""
+        return f"{self.method}, {self.structure}, {self.seed}"
+
+
+def runs(profile: Profile) -> list[Run]:
+    """Return the searches of a study: every method in the branched structure, and evolution in all three."""
+    return [
+        Run(method, structure, seed)
+        for method in METHODS
+        for structure in (STRUCTURES if method == EVOLUTION else ("branched",))
+        for seed in range(profile.evolution.seeds)
+    ]
+
+
+@functools.lru_cache(maxsize=8)
+def _loaded(profile: Profile, _root: str | None) -> tuple[Evaluator, Bench, Bench]:
+    """Return a study's evaluator, and the search halves of its random and of its stratified configurations."""
+    bench = Bench.load(profile)
+    return Evaluator(load_statistics(profile)), bench.split()[0], bench.split("stratified")[0]
+
+
+def load_problems(profile: Profile, goal: str = "ranks") -> list[Problem]:
+    """Return what candidates are judged on: the search half of the configurations, half A of the test images.
+
+    Args:
+        profile: the study.
+        goal: see :class:`Method`.
+    """
+    evaluator, search, spread = _loaded(profile, os.environ.get("EMQ_STUDY_ROOT"))
+    if goal == "sizes":
+        problem = Problem(evaluator, spread.configs, spread.half_a)
+        return [problem.inside_sizes(spread.table["size_bytes"].to_numpy(), BINS)]
+    problem = Problem(evaluator, search.configs, search.half_a)
+    if goal == "rho":
+        return [replace(problem, groups=(np.arange(len(problem.configs)),))]
+    if goal == "few":
+        return [replace(problem, configs=problem.configs[:FEW], accuracy=problem.accuracy[:FEW])]
+    if goal == "halves":
+        return problem.resampled(HALVES, rng=profile.rng("halves of the search configurations"))
+    return [problem]
+
+
+def make_judge(problems: Sequence[Problem], method: Method, journal: Journal | None = None) -> Judge:
+    """Return the judge of a method."""
+    across = "stable" if method.goal == "halves" else "mean"
+    penalty = PENALTY if method.goal == "short" else 0.0
+    return Judge(problems, across, penalty, method.separable, method.screening, journal)
+
+
+def make_space(method: Method, structure: str) -> Space:
+    """Return what a method draws from."""
+    aggregations = ("sum",) if method.separable else tuple(AGGREGATIONS)
+    return Space(structure, method.inputs, aggregations, prioritized=method.prioritized)
+
+
+def search(
+    profile: Profile, problems: Sequence[Problem], run: Run, journal: Journal | None = None
+) -> list[tuple[str, Generation]]:
+    """Return the generations that improved the best formula, and the last one, each with the name of what made it.
+
+    A run of plain evolution brings its control: random search with as many fitness evaluations.
+    """
+    method = METHODS[run.method]
+    space, rng = make_space(method, run.structure), profile.rng(run.name)
+    judge = make_judge(problems, method, journal)
+    budget = replace(profile.evolution, iterations=method.times * profile.evolution.iterations)
+    if method.goal == "three":
+        seconds = load_statistics(profile).seconds
+
+        def cost(genotype: Genotype) -> float:
+            return sum(seconds[key] for key in genotype.reads)
+
+        generations: Iterator[Generation] = evolve_front(judge, space, budget=budget, rng=rng, cost=cost)
+    else:
+        generations = evolve(
+            judge,
+            space,
+            budget=budget,
+            rng=rng,
+            diversity=method.diversity,
+            genes=method.genes,
+            known=tuple(KNOWN.values()) if method.known else (),
+            islands=method.islands,
+        )
+    kept = improvements(generations)
+    found = [(run.method, generation) for generation in kept]
+    if run.method == EVOLUTION:
+        control = random_search(
+            make_judge(problems, method, journal),
+            space,
+            evaluations=kept[-1].evaluations,
+            rng=profile.rng(f"{CONTROL}, {run.name}"),
+        )
+        found += [(CONTROL, generation) for generation in improvements(control)]
+    return found
+
+
+def _lines(profile: Profile, others: tuple[Profile, ...], run: Run, folder: str) -> list[str]:
+    """Search and return the log's lines; a run that was stopped goes on from its journal in the folder."""
+    studies = others or (profile,)
+    problems = [problem for study in studies for problem in load_problems(study, METHODS[run.method].goal)]
+    depends = {"run": run.name, "budget": asdict(profile.evolution)}
+    depends |= {
+        f"{study.name}/{file}": sha256(study_folder(study) / file)
+        for study in studies
+        for file in ("statistics.safetensors", "bench.parquet", "model.safetensors")
+    }
+    path = study_folder(profile) / folder / f"{run.name}.jsonl"
+    found = search(profile, problems, run, Journal(path, depends))
+    facts = {"structure": run.structure, "seed": run.seed}
+    return [to_json({"method": method} | facts | asdict(generation)) for method, generation in found]
+
+
+def build_evolution(profile: Profile, *, workers: int | None = None) -> None:
+    """Run every search; write ``evolution.jsonl`` and, what their formulas are worth, ``searches.csv``.
+
+    One JSON line per generation that improved the best formula of its run, and one for the last. Fitness reads the
+    search half of the configurations and half A of the test images. Same profile, same bytes, whatever the number of
+    workers; a build that was stopped goes on where it was.
+
+    Args:
+        profile: the study.
+        workers: processes that share the runs; None: one per processor.
+    """
+    _build(profile, runs(profile), (), "evolution.jsonl", workers)
+    started = time.perf_counter()
+    table = _worth(profile, load_evolution(profile))
+    with atomic_path(study_folder(profile) / "searches.csv") as path:
+        table.to_csv(path, index=False)
+    command = f"emq_lib.experiments.build_evolution on {profile.name}"
+    record(profile, "searches.csv", command=command, seconds=time.perf_counter() - started, rows=len(table))
+
+
+def build_transfer(profile: Profile, others: Sequence[Profile], *, workers: int | None = None) -> None:
+    """Evolve on other studies together, for the mean of their fitness; write ``transfer.jsonl`` of the one left out."""
+    if profile.name in [other.name for other in others]:
+        raise InvalidParameterError(f"{profile.name} is to be left out, so it cannot be among the others.")
+    several = [
+        Run(method, "branched", seed) for method in (REFINED, WITH_PAIRS) for seed in range(profile.evolution.seeds)
+    ]
+    _build(profile, several, tuple(others), "transfer.jsonl", workers)
+
+
+def _build(
+    profile: Profile, several: Sequence[Run], others: tuple[Profile, ...], filename: str, workers: int | None
+) -> None:
+    started = time.perf_counter()
+    folder = f".{filename}.resume"
+    tasks = (itertools.repeat(profile), itertools.repeat(others), several, itertools.repeat(folder))
+    if workers == 1:
+        lines = list(map(_lines, *tasks))
+    else:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            lines = list(pool.map(_lines, *tasks))
+    with atomic_path(study_folder(profile) / filename) as path:
+        path.write_text("\n".join(itertools.chain(*lines)) + "\n")
+    command = f"emq_lib.experiments.build_{filename.removesuffix('.jsonl')} on {profile.name}"
+    record(profile, filename, command=command, seconds=time.perf_counter() - started, rows=sum(map(len, lines)))
+    shutil.rmtree(study_folder(profile) / folder)
+
+
+def _worth(profile: Profile, log: Sequence[dict]) -> pd.DataFrame:
+    """Return one row per search: its best formula, and how that ranks the search and the held-out configurations."""
+    bench, (problem,) = Bench.load(profile), load_problems(profile)
+    _, heldout = bench.split()
+    _, spread = bench.split("stratified")
+    sizes = spread.table["size_bytes"].to_numpy()
+    rows = []
+    for (method, structure, seed), lines in itertools.groupby(
+        log, key=lambda line: (line["method"], line["structure"], line["seed"])
+    ):
+        last = list(lines)[-1]
+        genotype = parse(last["best"])
+        table = problem.evaluator.scores(genotype)
+        scores = problem.evaluator.score(genotype, heldout.configs)
+        fair = Problem(problem.evaluator, spread.configs, spread.top1).inside_sizes(sizes, BINS)
+        rows.append(
+            {
+                "method": method,
+                "structure": structure,
+                "seed": seed,
+                "separable": is_table(table, profile.choices) and genotype.aggregation == "sum",
+                "evaluations": last["evaluations"],
+                "rejected": last["rejected"],
+                "duplicates": last["duplicates"],
+                "goal": last["fitness"],
+                "search_fitness": problem.fitness(problem.evaluator.score(genotype, problem.configs)),
+                "heldout_fitness": float(ranking.fitness_many(scores[None], heldout.top1)[0]),
+                "heldout_rho": float(ranking.fitness_many(scores[None], heldout.top1, (100,))[0]),
+                "heldout_binned": fair.fitness(problem.evaluator.score(genotype, spread.configs)),
+                "complexity": genotype.complexity,
+                "best": last["best"],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def load_evolution(profile: Profile, filename: str = "evolution.jsonl") -> list[dict]:
+    """Return the lines of a log.
+
+    Raises:
+        CorruptArtefactError: a line is not JSON.
+    """
+    path = checked_path(profile, filename)
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except json.JSONDecodeError as error:
+        raise CorruptArtefactError(f"{path} holds a line that is not JSON ({error}). Restore or rebuild it.") from error
+
+
+def load_searches(profile: Profile) -> pd.DataFrame:
+    """Return one row per search with its best formula, see :func:`build_evolution`."""
+    return pd.read_csv(checked_path(profile, "searches.csv"))
+
+
+def load_winner(profile: Profile, method: str = REFINED, filename: str = "evolution.jsonl") -> dict:
+    """Return the log line of a method's fittest formula over all seeds and structures: a choice by the search half."""
+    lines = load_evolution(profile, filename)
+    return max((line for line in lines if line["method"] == method), key=lambda line: line["fitness"])
