@@ -328,7 +328,7 @@ plt.show()
 
 # %%
 results = load_heldout(chapter.profile).query(
-    "proxy != 'evolved' and variant != 'as_released'"
+    "variant not in ('evolved', 'as_released')"
 )
 results = results.sort_values("rho100", ascending=False)
 ranks = {

@@ -424,16 +424,3 @@ def improvements(generations: Iterator[Generation]) -> list[Generation]:
         if not kept or last.fitness > kept[-1].fitness:
             kept.append(last)
     return kept if last is None or kept[-1] == last else [*kept, last]
-
-
-def enumerate_genotypes(inputs: Sequence[str], unaries: Sequence[str], binaries: Sequence[str]) -> Iterator[Genotype]:
-    """Yield every branched genotype of one unary on each of two inputs and a binary: few enough to try them all.
-
-    Of two orders of a commutative binary only one; with both signs, because a proxy and its opposite are two points.
-    """
-    sides = list(itertools.product(inputs, unaries))
-    for binary in binaries:
-        for (one, left), (two, right) in itertools.product(sides, sides):
-            if binary not in search_space.COMMUTATIVE or (one, left) <= (two, right):
-                for last in ("no_op", "negate"):
-                    yield Genotype("branched", (one, two), ((left,), (right,), (last,)), binary)

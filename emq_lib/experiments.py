@@ -38,7 +38,9 @@ from emq_lib.proxies import AGGREGATIONS, is_table
 from emq_lib.search_space import ERROR, FACTOR, INPUTS, KNOWN, STRUCTURES, Evaluator, Genotype, Space, parse
 
 BINS, HALVES, PENALTY, FEW, ISLANDS, GENTLE, LONG = 5, 8, 0.002, 50, 5, 0.15, 3
-EVOLUTION, CONTROL, REFINED, WITH_PAIRS = "evolution", "random search", "refined", "refined, pairs of layers"
+EVOLUTION, CONTROL, REFINED = "evolution", "random search", "refined"
+FOR_RHO, WITH_PAIRS = "refined, for rho", "refined, pairs of layers"
+EVOLVED = {"evolved": REFINED, "evolved for rho": FOR_RHO, "evolved with pairs": WITH_PAIRS}  # proxy -> its method
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ METHODS: dict[str, Method] = {
     "gentle mutation": Method(genes=GENTLE),
     "known proxies": Method(known=True),
     REFINED: Method(genes=GENTLE, known=True, times=LONG),
-    REFINED + ", for rho": Method(goal="rho", genes=GENTLE, known=True, times=LONG),
+    FOR_RHO: Method(goal="rho", genes=GENTLE, known=True, times=LONG),
     WITH_PAIRS: Method(separable=False, genes=GENTLE, known=True, times=LONG),
 }
 
@@ -263,6 +265,51 @@ def _build(
     command = f"emq_lib.experiments.build_{filename.removesuffix('.jsonl')} on {profile.name}"
     record(profile, filename, command=command, seconds=time.perf_counter() - started, rows=sum(map(len, lines)))
     shutil.rmtree(study_folder(profile) / folder)
+
+
+SMALL = Space(
+    "branched",
+    ("T", "E", "O", "K", "L", "P"),
+    unaries=("no_op", "log", "sqrt", "pow2", "sum", "negate"),
+    binaries=("sum", "product", "ratio"),
+    chains=(1, 1, 1),
+)
+ALL = "every formula"
+
+
+def build_enumeration(profile: Profile) -> None:
+    """Try every formula of a small space, then let evolution and random search look for the best one.
+
+    Writes ``enumeration.jsonl``: a line for the best formula of all, and one for the end of each search.
+    """
+    started = time.perf_counter()
+    problems, method = load_problems(profile), METHODS[EVOLUTION]
+    judge = make_judge(problems, method)
+    valid = [member for member in map(judge.judge, SMALL) if member is not None]
+    best = max(valid, key=lambda member: member.fitness)
+    lines = [
+        {
+            "method": ALL,
+            "seed": None,
+            "genotypes": SMALL.size,
+            "evaluations": judge.evaluations,
+            "best": str(best.genotype),
+            "fitness": best.fitness,
+        }
+    ]
+    for seed in range(profile.evolution.seeds):
+        streams = (profile.rng(f"{name}, small space, {seed}") for name in (EVOLUTION, CONTROL))
+        *_, evolved = evolve(make_judge(problems, method), SMALL, budget=profile.evolution, rng=next(streams))
+        *_, drawn = random_search(
+            make_judge(problems, method), SMALL, evaluations=evolved.evaluations, rng=next(streams)
+        )
+        for name, last in ((EVOLUTION, evolved), (CONTROL, drawn)):
+            facts = {"method": name, "seed": seed, "genotypes": SMALL.size, "evaluations": last.evaluations}
+            lines.append(facts | {"best": last.best, "fitness": last.fitness})
+    with atomic_path(study_folder(profile) / "enumeration.jsonl") as path:
+        path.write_text("".join(to_json(line) + "\n" for line in lines))
+    command = f"emq_lib.experiments.build_enumeration on {profile.name}"
+    record(profile, "enumeration.jsonl", command=command, seconds=time.perf_counter() - started, rows=len(lines))
 
 
 def _worth(profile: Profile, log: Sequence[dict]) -> pd.DataFrame:

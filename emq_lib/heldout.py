@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from emq_lib import evolution, ranking
+from emq_lib import ranking
 from emq_lib.artefacts import atomic_path, checked_path, record, study_folder
 from emq_lib.bench import Bench, has_study
 from emq_lib.errors import MissingArtefactError
+from emq_lib.experiments import EVOLVED, load_winner
 from emq_lib.layer_statistics import load_statistics
 from emq_lib.profiles import QUANTIZERS, Profile
 from emq_lib.proxies import is_table, load_proxies, score
@@ -25,27 +26,28 @@ BINS = 5  # of the stratified sample's held-out half, by size
 
 
 def load_tables(profile: Profile) -> dict[str, dict]:
-    """Return what every method of a study scores by: hand-made proxies, the evolved one if any, the additive oracle.
+    """Return what every method of a study scores by: hand-made proxies, evolved ones if any, the additive oracle.
 
     Returns:
-        name -> {"table": score table (S, B) or matrix of pairs (S B, S B), "variant": text, "seconds": cost}.
+        name -> {"table": score table (S, B) or matrix of pairs (S B, S B), "aggregation": how slots are combined,
+        "variant": text, "seconds": cost}.
     """
-    _, tables = load_proxies(profile)
+    tables = {name: entry | {"aggregation": "sum"} for name, entry in load_proxies(profile)[1].items()}
     if has_study(profile, "evolution.jsonl"):
-        started = time.perf_counter()
         statistics = load_statistics(profile)
-        genotype = parse(evolution.load_winner(profile)["best"])
-        table = Evaluator(statistics).table(genotype)
-        seconds = sum(statistics.seconds[key] for key in ("errors", "gradients", "activations"))
-        tables["evolved"] = {
-            "table": table,
-            "variant": "evolved",
-            "seconds": seconds + time.perf_counter() - started,
-        }
+        evaluator = Evaluator(statistics)
+        for name, method in EVOLVED.items():
+            started = time.perf_counter()
+            genotype = parse(load_winner(profile, method)["best"])
+            table = evaluator.scores(genotype)
+            seconds = sum(statistics.seconds[key] for key in genotype.reads) + time.perf_counter() - started
+            entry = {"table": table, "aggregation": genotype.aggregation, "variant": "evolved", "seconds": seconds}
+            tables[name] = entry
     search, _ = Bench.load(profile).split()
     started = time.perf_counter()
     oracle = ranking.additive_oracle(search.configs, search.half_a, search.configs, profile.choices)
-    tables[ORACLE] = {"table": oracle.table, "variant": "oracle", "seconds": time.perf_counter() - started}
+    seconds = time.perf_counter() - started
+    tables[ORACLE] = {"table": oracle.table, "aggregation": "sum", "variant": "oracle", "seconds": seconds}
     return tables
 
 
@@ -77,8 +79,10 @@ def _rows(profile: Profile, quantizer: str) -> list[dict[str, object]]:
     rows = []
     for name, entry in load_tables(profile).items():
         if name != ORACLE:
-            scores = [score(entry["table"], part.configs, profile.choices) for part in parts]
-            facts = {"variant": entry["variant"], "separable": is_table(entry["table"], profile.choices)}
+            table, how = entry["table"], entry["aggregation"]
+            scores = [score(table, part.configs, profile.choices, aggregation=how) for part in parts]
+            separable = is_table(table, profile.choices) and how == "sum"
+            facts = {"variant": entry["variant"], "separable": separable}
             rows.append({"proxy": name} | facts | _ranks(parts, scores, rng=rng) | {"seconds": entry["seconds"]})
     for name, fit in ((ORACLE, ranking.additive_oracle), (PAIRWISE, ranking.pairwise_oracle)):
         before = time.perf_counter()

@@ -23,6 +23,7 @@ from myst_nb import glue
 from emq_lib.artefacts import REPOSITORY
 from emq_lib.errors import ClaimError, InvalidParameterError
 from emq_lib.profiles import Profile, get_profile
+from emq_lib.search_space import Genotype, canonical
 
 COLOURS = {
     "bit sum": "#999999",
@@ -43,6 +44,8 @@ COLOURS = {
     "one-layer KL": "#66c2a5",
     "sqrt one-layer KL": "#009e73",
     "evolved": "#d55e00",
+    "evolved for rho": "#f28e4b",
+    "evolved with pairs": "#963c00",
     "additive oracle": "#8c6d1f",
     "pairwise oracle": "#5c4a14",
     "noise ceiling": "#8a8a8a",
@@ -434,6 +437,36 @@ def plot_curves(
             ax.step(x, y, where="post", color=colour, alpha=0.6, linewidth=1.2, label=label if index == 0 else None)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.legend(frameon=False, fontsize=8, loc="lower right")
+    return ax
+
+
+def plot_genotype(genotype: Genotype, *, ax: Axes | None = None) -> Axes:
+    """Draw a genotype as boxes from its inputs on the left to the sum over layers on the right."""
+    ax = ax or plt.gca()
+    short = canonical(genotype)
+    columns = []
+    if short.structure == "dag":
+        columns = [list(short.inputs), *([", ".join(chain)] for chain in short.chains), ["mean of the nodes"]]
+    else:
+        longest = max(len(chain) for chain in short.chains[: len(short.inputs)])
+        columns = [list(short.inputs)]
+        for step in range(longest):
+            columns.append([dict(enumerate(chain)).get(step, "") for chain in short.chains[: len(short.inputs)]])
+        rest = [short.binary, *short.chains[2]] if short.structure == "branched" else []
+        columns += [[name] for name in rest if name != "no_op"]
+    columns.append([f"{short.aggregation} over layers"])
+    for x, names in enumerate(columns):
+        for y, name in zip(np.linspace(0.5, -0.5, len(names)) if len(names) > 1 else [0.0], names, strict=True):
+            box = {"boxstyle": "round,pad=0.4", "facecolor": "none", "edgecolor": COLOURS["evolved"]}
+            if name not in ("", "no_op"):
+                ax.text(x, y, name, ha="center", va="center", fontsize=8, bbox=box)
+            if x:
+                before = columns[x - 1]
+                places = np.linspace(0.5, -0.5, len(before)) if len(before) > 1 else [0.0]
+                for start in places if len(names) == 1 else [y]:
+                    ax.plot([x - 1, x], [start, y], color="#999999", linewidth=1, zorder=0)
+    ax.set(xlim=(-0.4, len(columns) - 0.4), ylim=(-1, 1))
+    ax.axis("off")
     return ax
 
 

@@ -7,8 +7,9 @@ chapter 03.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -310,12 +311,13 @@ def parse(text: str) -> Genotype:
     tokens = [(match.start(), match.group()) for match in re.finditer(r"\w+|[^\w\s]", text)] + [(len(text), "")]
     position = 0
 
-    def take(expected: Sequence[str] | Mapping[str, object]) -> str:
+    def take(expected: str | Sequence[str] | Mapping[str, object]) -> str:
         nonlocal position
         start, token = tokens[position]
-        if token not in expected:
+        names = [expected] if isinstance(expected, str) else list(expected)
+        if token not in names:
             found = repr(token) if token else "the end"
-            wanted = " or ".join(name or "the end" for name in expected)
+            wanted = " or ".join(name or "the end" for name in names)
             raise GenotypeSyntaxError(f"{text!r}, position {start}: expected {wanted}, found {found}.")
         position += 1
         return token
@@ -358,8 +360,27 @@ def parse(text: str) -> Genotype:
                 raise GenotypeSyntaxError(f"{text!r}, position {start}: expected {expected}, found {len(nodes[-1])}.")
         chains = tuple(nodes)
     take(")")
-    take(("",))
+    take("")
     return Genotype(structure, inputs, chains, binary, aggregation)
+
+
+def without_each_term(genotype: Genotype) -> dict[str, Genotype]:
+    """Return what is left of a formula without one of its operations or one of its branches, and what is missing."""
+    left = {}
+    for place, chain in enumerate(genotype.chains):
+        for step, unary in enumerate(chain):
+            if unary != "no_op":
+                shorter = (*chain[:step], "no_op", *chain[step + 1 :])
+                chains = (*genotype.chains[:place], shorter, *genotype.chains[place + 1 :])
+                left[f"{unary} ({place + 1}.{step + 1})"] = replace(genotype, chains=chains)
+    if genotype.structure == "branched":
+        *branches, last = genotype.chains
+        for gone, name in enumerate(genotype.inputs):
+            kept = 1 - gone
+            chain = (*branches[kept], *last)
+            alone = Genotype("sequential", (genotype.inputs[kept],), (chain,), None, genotype.aggregation)
+            left[f"branch {gone + 1} on {name}"] = alone
+    return left
 
 
 _REPEATABLE = ("abs", "relu", "sign", "normalize", "min_max", "center")
@@ -422,6 +443,8 @@ class Space:
         structure: "sequential", "branched" or "dag".
         inputs: keys of :data:`INPUTS`.
         aggregations: keys of :data:`~emq_lib.proxies.AGGREGATIONS`.
+        unaries: keys of :data:`UNARIES`.
+        binaries: keys of :data:`BINARIES`.
         chains: lengths of the chains of unaries; None: those of the paper.
         prioritized: draw operations by their weights instead of uniformly.
     """
@@ -429,6 +452,8 @@ class Space:
     structure: str
     inputs: tuple[str, ...] = tuple(INPUTS)
     aggregations: tuple[str, ...] = ("sum",)
+    unaries: tuple[str, ...] = tuple(UNARIES)
+    binaries: tuple[str, ...] = tuple(BINARIES)
     chains: tuple[int, ...] | None = None
     prioritized: bool = True
 
@@ -436,12 +461,14 @@ class Space:
         """Check the names.
 
         Raises:
-            GenotypeSyntaxError: an unknown structure, input or aggregation.
+            GenotypeSyntaxError: an unknown structure, input, aggregation or operation.
         """
         for what, names, known in (
             ("structure", (self.structure,), STRUCTURES),
             ("input", self.inputs, INPUTS),
             ("aggregation", self.aggregations, AGGREGATIONS),
+            ("unary", self.unaries, UNARIES),
+            ("binary", self.binaries, BINARIES),
         ):
             unknown = [name for name in names if name not in known]
             if unknown or not names:
@@ -450,10 +477,18 @@ class Space:
     @property
     def size(self) -> int:
         """Number of genotypes, equivalent ones included."""
-        unaries = sum(self._chains)
         inputs = len(self.inputs) ** (1 if self.structure == "sequential" else 2)
-        binaries = len(BINARIES) if self.structure == "branched" else 1
-        return inputs * len(UNARIES) ** unaries * binaries * len(self.aggregations)
+        binaries = len(self.binaries) if self.structure == "branched" else 1
+        return inputs * len(self.unaries) ** sum(self._chains) * binaries * len(self.aggregations)
+
+    def __iter__(self) -> Iterator[Genotype]:
+        """Yield every genotype, equivalent ones included."""
+        count = 1 if self.structure == "sequential" else 2
+        binaries = self.binaries if self.structure == "branched" else (None,)
+        chains = itertools.product(*(itertools.product(self.unaries, repeat=length) for length in self._chains))
+        inputs = itertools.product(self.inputs, repeat=count)
+        for genes in itertools.product(inputs, chains, binaries, self.aggregations):
+            yield Genotype(self.structure, *genes)
 
     @property
     def _chains(self) -> tuple[int, ...]:
@@ -463,8 +498,8 @@ class Space:
         """Draw a genotype."""
         count = 1 if self.structure == "sequential" else 2
         inputs = tuple(self.inputs[rng.integers(len(self.inputs))] for _ in range(count))
-        chains = tuple(tuple(self._draw(UNARIES, rng) for _ in range(length)) for length in self._chains)
-        binary = self._draw(BINARIES, rng) if self.structure == "branched" else None
+        chains = tuple(tuple(self._draw(self.unaries, UNARIES, rng) for _ in range(length)) for length in self._chains)
+        binary = self._draw(self.binaries, BINARIES, rng) if self.structure == "branched" else None
         aggregation = self.aggregations[rng.integers(len(self.aggregations))]
         return Genotype(self.structure, inputs, chains, binary, aggregation)
 
@@ -486,11 +521,11 @@ class Space:
         )
         return replace(genotype, chains=tuple(filled))
 
-    def _draw(self, primitives: Mapping[str, Unary | Binary], rng: np.random.Generator) -> str:
+    def _draw(self, names: Sequence[str], primitives: Mapping[str, Unary | Binary], rng: np.random.Generator) -> str:
         if not self.prioritized:
-            return list(primitives)[rng.integers(len(primitives))]
-        ends = np.cumsum([entry.weight for entry in primitives.values()])
-        return list(primitives)[np.searchsorted(ends, rng.random() * ends[-1], side="right")]
+            return names[rng.integers(len(names))]
+        ends = np.cumsum([primitives[name].weight for name in names])
+        return names[np.searchsorted(ends, rng.random() * ends[-1], side="right")]
 
     def mutate(self, genotype: Genotype, *, rng: np.random.Generator, probability: float = 0.5) -> Genotype:
         """Return a copy in which each gene is drawn afresh with the given probability (the release uses one half)."""
