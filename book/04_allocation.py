@@ -70,6 +70,7 @@ METHODS = [  # sums over layers, by which bits can be allocated exactly
     "one-layer KL",
     "sqrt one-layer KL",
     "evolved",
+    "evolved for rho",
     "additive oracle",
 ]
 known = load_tables(chapter.profile)

@@ -20,7 +20,7 @@ from emq_lib.measuring import PARTIAL, load_network, measure_resumably
 from emq_lib.profiles import Profile
 
 FRONT = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75)
-FRONT_METHODS = ("bit sum", "HAWQ-V2", "sqrt one-layer KL", "evolved")
+FRONT_METHODS = ("bit sum", "HAWQ-V2", "sqrt one-layer KL", "evolved", "evolved for rho")
 RANDOM_DRAWS = 5
 
 
@@ -50,7 +50,7 @@ def choose_configurations(profile: Profile, tables: Mapping[str, Mapping], size:
 
     Args:
         profile: gives the budgets (average bits) and the choices.
-        tables: method -> {"table": score table (S, B), "variant": text, "seconds": cost of the scores}.
+        tables: method -> {"table": score table (S, B), "variant": text, "seconds": cost of the scores}; sums over layers.
         size: packed size of a configuration.
 
     Returns:
