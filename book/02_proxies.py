@@ -278,7 +278,19 @@ agreement = steps.drop("measured").apply(
     lambda row: row.corr(steps.loc["measured"], method="spearman"), axis=1
 )
 known = agreement.dropna().sort_values(ascending=False)
-show_table(known.rename("rho with measured").rename_axis("proxy").reset_index())
+ends = [
+    ranking.sampling_interval(np.clip(rho, -0.999, 0.999), len(dropped))
+    for rho in known
+]
+shares = pd.DataFrame({"proxy": known.index, "rho": known.to_numpy()}).assign(
+    lo=[lo for lo, _ in ends], hi=[hi for _, hi in ends]
+)
+show_table(
+    shares[["proxy"]].assign(
+        **{"rho with measured": with_interval(shares, "rho", "lo", "hi")},
+        layers=len(dropped),
+    )
+)
 
 # %% [markdown]
 # ## Two halves

@@ -313,8 +313,41 @@ chapter.claim(
     "evolved_gain",
     "The choice of the evolved proxy is {:+.1f} points from uniform 3 bits.",
     gain,
-    within={"cifar10-resnet20": (-5, -1)},
+    within={"cifar10-resnet20": (0, 3)},
     interval=interval,
+    n=images,
+)
+
+# %% [markdown]
+# With more bits to spend the evolved proxies' choices hardly improve. Their tables say why: in some layers a width scores below a smaller one, so bits stay
+# unspent. Among random configurations such an error costs little rho, because other layers decide; an optimizer goes looking for it.
+
+# %%
+falls = {
+    name: 100 * (np.diff(known[name]["table"], axis=1) < 0).mean()
+    for name in ("evolved", "evolved for rho", hand_made)
+}
+pd.Series(falls).round(0)
+
+# %%
+chapter.claim(
+    "falling_steps",
+    "In the table of evolved for rho {:.0f} % of the steps to one more bit score lower than before.",
+    falls["evolved for rho"],
+    within={"cifar10-resnet20": (5, 60)},
+)
+
+# %%
+widest = chapter.profile.budgets[-1]
+shares = wide.loc[["evolved for rho", hand_made], widest] / 100
+lost = 100 * (shares["evolved for rho"] - shares[hand_made])
+margin = 196 * np.sqrt((shares * (1 - shares)).sum() / images)
+chapter.claim(
+    "evolved_at_widest",
+    f"At {widest:g} bits evolved for rho buys {{:+.1f}} points against {hand_made}.",
+    lost,
+    within={"cifar10-resnet20": (-8, -1)},
+    interval=(lost - margin, lost + margin),
     n=images,
 )
 
@@ -360,8 +393,9 @@ chapter.claim(
 # - Exact allocation takes milliseconds, so there is no reason to guess.
 # - At {glue:text}`tight_bits:.2f` bits the choices spread from {glue:text}`tight_worst:.1f` to {glue:text}`tight_best:.1f` %.
 # - At the size of uniform 3 bits, the best hand-made proxy's choice gains {glue:text}`hand_gain:.1f` points over uniform bits. The evolved
-#   proxy's changes it by {glue:text}`evolved_gain:+.1f` ({glue:text}`evolved_gain_lo:+.1f` to {glue:text}`evolved_gain_hi:+.1f`): worse than
-#   giving every layer the same.
+#   proxy's gains {glue:text}`evolved_gain:.1f` ({glue:text}`evolved_gain_lo:+.1f` to {glue:text}`evolved_gain_hi:+.1f`).
+# - A higher rho does not buy accuracy by itself. The proxy that evolved for rho ranks random configurations better than any hand-made sum over layers, and at the widest budget its
+#   choice is {glue:text}`evolved_at_widest:+.1f` points from that of the best hand-made one.
 #
 # ## What could be wrong
 #

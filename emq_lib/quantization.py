@@ -50,7 +50,7 @@ def choose_configurations(profile: Profile, tables: Mapping[str, Mapping], size:
 
     Args:
         profile: gives the budgets (average bits) and the choices.
-        tables: method -> {"table": score table (S, B), "variant": text, "seconds": cost of the scores}; sums over layers.
+        tables: method -> {"table": score table (S, B), "variant": text, "seconds": cost of the scores}.
         size: packed size of a configuration.
 
     Returns:

@@ -783,19 +783,41 @@ def to_latex(genotype: Genotype) -> str:
             edges = [chained(state, (unary,)) for unary, state in zip(chain, states, strict=True)]
             states.append(f"({' + '.join(edges)})")
         formula = rf"\tfrac1{len(short.chains)} \overline{{{' + '.join(states[2:])}}}"
-        return _AGGREGATED[genotype.aggregation] + formula
-    parts = [chained(INPUTS[name].latex, chain) for name, chain in zip(short.inputs, short.chains, strict=False)]
-    formula = parts[0]
+        return _TOTALS[genotype.aggregation] + formula
+    branches = list(zip(short.inputs, short.chains, strict=False))
+    kinds = [_kind(name, chain) for name, chain in branches]
+    parts = [chained(INPUTS[name].latex, chain) for name, chain in branches]
+    formula, kind = parts[0], kinds[0]
     if short.structure == "branched":
+        if kinds[0] != kinds[1]:
+            parts = [
+                part if kind == "number" else rf"\overline{{{part}}}" for part, kind in zip(parts, kinds, strict=True)
+            ]
+            kind = "number"
         template = BINARIES[short.binary].latex or rf"\operatorname{{{short.binary.replace('_', '')}}}(@, @)"
         one, two = (rf"\left({part}\right)" if " " in part and "frac" not in template else part for part in parts)
         formula = chained(template.replace("@", one, 1).replace("@", two, 1), short.chains[2])
-    last = short.structure == "branched" and any(UNARIES[unary].result == "number" for unary in short.chains[2])
-    each = all(any(UNARIES[unary].result == "number" for unary in chain) for chain in short.chains[: len(parts)])
-    bare = last or each or all(name in PAIRS for name in short.inputs)
-    return _AGGREGATED[genotype.aggregation] + (formula if bare else rf"\overline{{{formula}}}")
+        kind = "number" if _ends_in_number(short.chains[2]) else kind
+    total = r"S = \sum_{l, l'} " if kind == "pairs" and genotype.aggregation == "sum" else _TOTALS[genotype.aggregation]
+    return total + (formula if kind in ("number", "pairs") else rf"\overline{{{formula}}}")
 
 
+def _ends_in_number(chain: Sequence[str]) -> bool:
+    return any(UNARIES[unary].result == "number" for unary in chain)
+
+
+def _kind(name: str, chain: Sequence[str]) -> str:
+    """Return what a chain on an input gives for each layer: one "number", or many, of which kind."""
+    return "number" if _ends_in_number(chain) else _GEOMETRY.get(name[-1], "weights")
+
+
+_TOTALS = {
+    "sum": r"S = \sum_l ",
+    "weakest": r"S = \min_l ",
+    "depth": r"S = \sum_l l \, ",
+    "survival": r"S = \sum_l \prod_{k \le l} \exp ",
+}
+_GEOMETRY = {"A": "inputs", "C": "channels"} | dict.fromkeys("bnTOKL", "number") | dict.fromkeys(PAIRS, "pairs")
 _AGGREGATED = {
     "sum": r"S = \sum_l ",
     "weakest": r"S = \min_l ",
