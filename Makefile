@@ -40,9 +40,10 @@ lint: $(READY)
 test: lint  ## lint, unit tests, doctests, and every chapter live on digits-resnet8
 	$(BIN)/python -m pytest -q -rs --durations=8
 
-benchmarks: $(READY)  ## time the engine, its growth, loading, and Hessian traces: make benchmarks [PROFILE=...]
+benchmarks: $(READY)  ## time the engine, its growth, loading, Hessian traces, the search: make benchmarks [PROFILE=...]
 	$(BIN)/python benchmarks/engine.py --profile $(PROFILE)
 	$(BIN)/python benchmarks/curvature.py --profile $(PROFILE)
+	$(BIN)/python benchmarks/evolution.py --profile $(PROFILE)
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/loading.py
 
