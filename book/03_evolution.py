@@ -20,7 +20,7 @@
 # rho of {glue:text}`factor_rho:.2f` on average. Let formulas read rounding errors and what quantizing one or two layers does to the predictions, and the best sum over
 # layers reaches {glue:text}`for_rho_rho:.2f` (95 % interval {glue:text}`for_rho_rho_lo:.2f` to {glue:text}`for_rho_rho_hi:.2f`), where the best hand-made one has
 # {glue:text}`hand_rho:.2f`: that closes {glue:text}`gap_closed:.0f` % of the gap to the additive oracle, which is told accuracies. With pairs of layers
-# the evolved proxy reaches {glue:text}`with_pairs_rho:.3f`, beside CLADO's {glue:text}`pairs_rho:.3f`.
+# the evolved proxy reaches {glue:text}`with_pairs_rho:.3f`, beside CLADO's {glue:text}`clado_rho:.3f`.
 #
 # | you need | |
 # |---|---|
@@ -695,7 +695,7 @@ chapter.claim(
 # %%
 row = results.loc["CLADO"]
 chapter.claim(
-    "pairs_rho",
+    "clado_rho",
     "Held-out rho of CLADO, the best hand-made proxy of all: {:.3f}.",
     row.rho100,
     within={"cifar10-resnet20": (0.9, 0.97)},
