@@ -464,7 +464,10 @@ def plot_genotype(genotype: Genotype, *, ax: Axes | None = None) -> Axes:
                 before = columns[x - 1]
                 places = np.linspace(0.5, -0.5, len(before)) if len(before) > 1 else [0.0]
                 for start in places if len(names) == 1 else [y]:
-                    ax.plot([x - 1, x], [start, y], color="#999999", linewidth=1, zorder=0)
+                    source = before[list(places).index(start)]
+                    ends = [0 if shown in ("", "no_op") else 4 + 2.6 * len(shown) for shown in (source, name)]
+                    line = {"arrowstyle": "-", "color": "#999999", "shrinkA": ends[0], "shrinkB": ends[1]}
+                    ax.annotate("", (x, y), (x - 1, start), arrowprops=line)
     ax.set(xlim=(-0.4, len(columns) - 0.4), ylim=(-1, 1))
     ax.axis("off")
     return ax

@@ -34,6 +34,8 @@ def test_the_study_is_complete(build):
         "proxies.parquet",
         "proxies.json",
         "evolution.jsonl",
+        "searches.csv",
+        "enumeration.jsonl",
         "heldout.csv",
         "quantization.csv",
         "manifest.json",

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from emq_lib import bench, measuring
+from emq_lib import artefacts, bench, measuring
 from emq_lib.artefacts import REPOSITORY, atomic_path, sha256
 from emq_lib.errors import DiskFullError, StudyBusyError
 
@@ -128,7 +128,7 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path, small_disk):
 
 def test_the_code_version_ignores_comments_and_docstrings(monkeypatch):
     source = {"text": 'def f(x):\n    """Doc."""\n    return x  # comment\n'}
-    monkeypatch.setattr(measuring.inspect, "getsource", lambda part: source["text"])
+    monkeypatch.setattr(artefacts.inspect, "getsource", lambda part: source["text"])
     first = measuring.code_version.__wrapped__("rtn")
     source["text"] = "def f(x):\n    return x\n"
     assert measuring.code_version.__wrapped__("rtn") == first
