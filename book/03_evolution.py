@@ -192,7 +192,7 @@ evaluator.scores(expected).round(3)
 # logarithms of negative numbers, which the mended ones do not have. Prioritized sampling draws robust functions more often.
 
 # %%
-_, (problem,) = digits, experiments.load_problems(digits)
+(problem,) = experiments.load_problems(digits)
 released = search_space.Evaluator(statistics, mode="released")
 factor = experiments.METHODS["bits as a factor"]
 rows = []

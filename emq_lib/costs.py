@@ -47,6 +47,12 @@ def choice_indices(configs: np.ndarray | Sequence, choices: Sequence[int], slots
     return np.searchsorted(choices, configs)
 
 
+def selected(table: np.ndarray, configs: np.ndarray | Sequence, choices: Sequence[int]) -> np.ndarray:
+    """Return the entries of a table (S, B) that each configuration selects, one per slot, float64, shape (N, S)."""
+    indices = choice_indices(configs, choices, len(table))
+    return np.take_along_axis(np.asarray(table, dtype=np.float64)[None], indices[:, :, None], axis=2)[:, :, 0]
+
+
 def gather(table: np.ndarray, configs: np.ndarray | Sequence, choices: Sequence[int]) -> np.ndarray:
     """Return the sum of the table entries that each configuration selects: one gather, however many configurations.
 
@@ -61,9 +67,7 @@ def gather(table: np.ndarray, configs: np.ndarray | Sequence, choices: Sequence[
     >>> gather(np.array([[1.0, 2.0], [10.0, 20.0]]), [[2, 3], [3, 3]], choices=(2, 3))
     array([21., 22.])
     """
-    indices = choice_indices(configs, choices, len(table))
-    entries = np.take_along_axis(np.asarray(table, dtype=np.float64)[None], indices[:, :, None], axis=2)
-    return entries.sum(axis=(1, 2))
+    return selected(table, configs, choices).sum(axis=1)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from emq_lib.evolution import (
 )
 from emq_lib.layer_statistics import load_statistics
 from emq_lib.profiles import Profile
-from emq_lib.proxies import AGGREGATIONS, is_table
+from emq_lib.proxies import AGGREGATIONS, is_table, score
 from emq_lib.search_space import ERROR, FACTOR, INPUTS, KNOWN, STRUCTURES, Evaluator, Genotype, Space, parse
 
 BINS, HALVES, PENALTY, FEW, ISLANDS, GENTLE, LONG = 5, 8, 0.002, 50, 5, 0.15, 3
@@ -317,7 +317,8 @@ def _worth(profile: Profile, log: Sequence[dict]) -> pd.DataFrame:
     bench, (problem,) = Bench.load(profile), load_problems(profile)
     _, heldout = bench.split()
     _, spread = bench.split("stratified")
-    sizes = spread.table["size_bytes"].to_numpy()
+    fair = Problem(problem.evaluator, spread.configs, spread.top1)
+    fair = fair.inside_sizes(spread.table["size_bytes"].to_numpy(), BINS)
     rows = []
     for (method, structure, seed), lines in itertools.groupby(
         log, key=lambda line: (line["method"], line["structure"], line["seed"])
@@ -325,8 +326,10 @@ def _worth(profile: Profile, log: Sequence[dict]) -> pd.DataFrame:
         last = list(lines)[-1]
         genotype = parse(last["best"])
         table = problem.evaluator.scores(genotype)
-        scores = problem.evaluator.score(genotype, heldout.configs)
-        fair = Problem(problem.evaluator, spread.configs, spread.top1).inside_sizes(sizes, BINS)
+        searched, scores, spread_scores = (
+            score(table, part.configs, profile.choices, aggregation=genotype.aggregation)
+            for part in (problem, heldout, spread)
+        )
         rows.append(
             {
                 "method": method,
@@ -337,10 +340,10 @@ def _worth(profile: Profile, log: Sequence[dict]) -> pd.DataFrame:
                 "rejected": last["rejected"],
                 "duplicates": last["duplicates"],
                 "goal": last["fitness"],
-                "search_fitness": problem.fitness(problem.evaluator.score(genotype, problem.configs)),
+                "search_fitness": problem.fitness(searched),
                 "heldout_fitness": float(ranking.fitness_many(scores[None], heldout.top1)[0]),
                 "heldout_rho": float(ranking.fitness_many(scores[None], heldout.top1, (100,))[0]),
-                "heldout_binned": fair.fitness(problem.evaluator.score(genotype, spread.configs)),
+                "heldout_binned": fair.fitness(spread_scores),
                 "complexity": genotype.complexity,
                 "best": last["best"],
             }

@@ -18,7 +18,7 @@ import pandas as pd
 from scipy import stats
 
 from emq_lib.artefacts import atomic_path, checked_path, record, study_folder, to_json
-from emq_lib.costs import choice_indices
+from emq_lib.costs import choice_indices, selected
 from emq_lib.errors import InvalidScoreError
 from emq_lib.layer_statistics import LayerStatistics, load_statistics
 from emq_lib.profiles import Profile
@@ -136,11 +136,10 @@ def score(scores: np.ndarray, configs: np.ndarray, choices: tuple[int, ...], *, 
     """
     table = is_table(scores, choices)
     slots = len(scores) // (1 if table else len(choices))
-    chosen = choice_indices(configs, choices, slots)
     if table:
-        parts = scores[np.arange(slots), chosen]
+        parts = selected(scores, configs, choices)
     else:
-        chosen = chosen + len(choices) * np.arange(slots)
+        chosen = choice_indices(configs, choices, slots) + len(choices) * np.arange(slots)
         parts = scores[chosen[:, :, None], chosen[:, None, :]].sum(axis=2)
     if aggregation == "survival":
         parts = parts / (np.abs(scores).mean() or 1.0) / (1 if table else slots)
