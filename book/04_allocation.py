@@ -42,7 +42,7 @@ from emq_lib import allocation, bench, quantization
 from emq_lib.costs import CostTable, average_bits_cost, gather
 from emq_lib.datasets import load_dataset
 from emq_lib.errors import InfeasibleBudgetError
-from emq_lib.heldout import load_heldout, load_tables
+from emq_lib.heldout import load_heldout, load_searched, load_tables
 from emq_lib.proxies import load_proxies
 from emq_lib.ranking import sampling_interval, spearman
 from emq_lib.report import (
@@ -71,13 +71,18 @@ METHODS = [  # sums over layers, by which bits can be allocated exactly
     "sqrt one-layer KL",
     "evolved",
     "evolved for rho",
+    "evolved for allocation",
     "additive oracle",
 ]
 known = load_tables(chapter.profile)
 tables = {name: known[name] for name in METHODS}
 if chapter.rebuild:
-    images = load_dataset(chapter.profile)
-    quantization.build_quantization(chapter.profile, images, tables)
+    sums = {name: entry for name, entry in known.items() if entry["separable"]}
+    quantization.build_quantization(
+        chapter.profile,
+        load_dataset(chapter.profile),
+        sums | load_searched(chapter.profile),
+    )
 
 # %% [markdown]
 # ## Size and BOPs by hand

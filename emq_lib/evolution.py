@@ -87,7 +87,8 @@ class Generation:
     Attributes:
         iteration: counted from 0, the initial population.
         evaluations: fitness evaluations so far.
-        rejected: candidates turned away before fitness: not finite, all equal, or not separable where that is asked.
+        rejected: candidates turned away before fitness: not finite, all equal, or not separable or rising where that is
+            asked.
         duplicates: candidates recognized as equivalent to an earlier one.
         best: text form of the fittest genotype so far.
         fitness: its fitness on the search half.
@@ -161,6 +162,8 @@ class Judge:
             standard deviation.
         penalty: fitness that each operation of a formula costs.
         separable: whether formulas must be sums over layers.
+        rising: whether a layer must never score lower with more bits, as an optimizer that looks for the highest score
+            needs it.
         screening: whether equivalent candidates are recognized; rejection of broken ones is always on.
         journal: where judgements are kept.
     """
@@ -169,6 +172,7 @@ class Judge:
     across: str = "mean"
     penalty: float = 0.0
     separable: bool = False
+    rising: bool = False
     screening: bool = True
     journal: Journal | None = None
     evaluations: int = 0
@@ -206,6 +210,8 @@ class Judge:
             if not np.isfinite(table).all() or (separable and (table == table[:, :1]).all()):
                 return None
             if self.separable and not (separable and genotype.aggregation in SEPARABLE):
+                return None
+            if self.rising and separable and (np.diff(table, axis=1) < 0).any():
                 return None
             scores = score(table, problem.configs, evaluator.choices, aggregation=genotype.aggregation)
             order.update(np.argsort(scores, kind="stable").astype(np.int32).tobytes())

@@ -40,7 +40,14 @@ from emq_lib.search_space import ERROR, FACTOR, INPUTS, KNOWN, STRUCTURES, Evalu
 BINS, HALVES, PENALTY, FEW, ISLANDS, GENTLE, LONG = 5, 8, 0.002, 50, 5, 0.15, 3
 EVOLUTION, CONTROL, REFINED = "evolution", "random search", "refined"
 FOR_RHO, WITH_PAIRS = "refined, for rho", "refined, pairs of layers"
-EVOLVED = {"evolved": REFINED, "evolved for rho": FOR_RHO, "evolved with pairs": WITH_PAIRS}  # proxy -> its method
+INSIDE, RISING, RISING_INSIDE = "refined, inside sizes", "refined, for rho, rising", "refined, inside sizes, rising"
+ALLOCATED = (EVOLUTION, REFINED, FOR_RHO, INSIDE, RISING, RISING_INSIDE)  # methods whose formulas all allocate bits
+EVOLVED = {  # proxy -> its method
+    "evolved": REFINED,
+    "evolved for rho": FOR_RHO,
+    "evolved for allocation": RISING_INSIDE,
+    "evolved with pairs": WITH_PAIRS,
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ class Method:
             first 50 configurations; "halves", the mean less the deviation over random halves; "short", less .002 for
             each operation; "sizes", rho inside five bins of size; "three", the paper's, beside cost and complexity.
         separable: whether formulas must be sums over layers.
+        rising: whether a layer must never score lower with more bits.
         diversity: whether a newcomer contests every child.
         screening: whether equivalent candidates are recognized.
         prioritized: whether operations are drawn by their weights.
@@ -65,6 +73,7 @@ class Method:
     inputs: tuple[str, ...] = tuple(INPUTS)
     goal: str = "ranks"
     separable: bool = True
+    rising: bool = False
     diversity: bool = True
     screening: bool = True
     prioritized: bool = True
@@ -92,6 +101,9 @@ METHODS: dict[str, Method] = {
     REFINED: Method(genes=GENTLE, known=True, times=LONG),
     FOR_RHO: Method(goal="rho", genes=GENTLE, known=True, times=LONG),
     WITH_PAIRS: Method(separable=False, genes=GENTLE, known=True, times=LONG),
+    INSIDE: Method(goal="sizes", genes=GENTLE, known=True, times=LONG),
+    RISING: Method(goal="rho", rising=True, genes=GENTLE, known=True, times=LONG),
+    RISING_INSIDE: Method(goal="sizes", rising=True, genes=GENTLE, known=True, times=LONG),
 }
 
 
@@ -151,7 +163,7 @@ def make_judge(problems: Sequence[Problem], method: Method, journal: Journal | N
     """Return the judge of a method."""
     across = "stable" if method.goal == "halves" else "mean"
     penalty = PENALTY if method.goal == "short" else 0.0
-    return Judge(problems, across, penalty, method.separable, method.screening, journal)
+    return Judge(problems, across, penalty, method.separable, method.rising, method.screening, journal)
 
 
 def make_space(method: Method, structure: str) -> Space:
@@ -243,7 +255,7 @@ def build_transfer(profile: Profile, others: Sequence[Profile], *, workers: int 
     if profile.name in [other.name for other in others]:
         raise InvalidParameterError(f"{profile.name} is to be left out, so it cannot be among the others.")
     several = [
-        Run(method, "branched", seed) for method in (REFINED, WITH_PAIRS) for seed in range(profile.evolution.seeds)
+        Run(method, "branched", seed) for method in (FOR_RHO, WITH_PAIRS) for seed in range(profile.evolution.seeds)
     ]
     _build(profile, several, tuple(others), "transfer.jsonl", workers)
 

@@ -6,7 +6,7 @@ Explained in chapters 02 and 03.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ from emq_lib import ranking
 from emq_lib.artefacts import atomic_path, checked_path, record, study_folder
 from emq_lib.bench import Bench, has_study
 from emq_lib.errors import MissingArtefactError
-from emq_lib.experiments import EVOLVED, load_winner
+from emq_lib.experiments import ALLOCATED, EVOLVED, load_searches, load_winner
 from emq_lib.layer_statistics import load_statistics
 from emq_lib.profiles import QUANTIZERS, Profile
 from emq_lib.proxies import is_table, load_proxies, score
@@ -30,25 +30,53 @@ def load_tables(profile: Profile) -> dict[str, dict]:
 
     Returns:
         name -> {"table": score table (S, B) or matrix of pairs (S B, S B), "aggregation": how slots are combined,
-        "variant": text, "seconds": cost}.
+        "separable": whether scores are sums over slots, "variant": text, "seconds": cost}.
     """
-    tables = {name: entry | {"aggregation": "sum"} for name, entry in load_proxies(profile)[1].items()}
+    tables = {
+        name: entry | {"aggregation": "sum", "separable": is_table(entry["table"], profile.choices)}
+        for name, entry in load_proxies(profile)[1].items()
+    }
     if has_study(profile, "evolution.jsonl"):
-        statistics = load_statistics(profile)
-        evaluator = Evaluator(statistics)
-        for name, method in EVOLVED.items():
-            started = time.perf_counter()
-            genotype = parse(load_winner(profile, method)["best"])
-            table = evaluator.scores(genotype)
-            seconds = sum(statistics.seconds[key] for key in genotype.reads) + time.perf_counter() - started
-            entry = {"table": table, "aggregation": genotype.aggregation, "variant": "evolved", "seconds": seconds}
-            tables[name] = entry
+        winners = {name: load_winner(profile, method)["best"] for name, method in EVOLVED.items()}
+        tables |= _evaluated(profile, winners, "evolved")
     search, _ = Bench.load(profile).split()
     started = time.perf_counter()
     oracle = ranking.additive_oracle(search.configs, search.half_a, search.configs, profile.choices)
     seconds = time.perf_counter() - started
-    tables[ORACLE] = {"table": oracle.table, "aggregation": "sum", "variant": "oracle", "seconds": seconds}
+    facts = {"aggregation": "sum", "separable": True, "variant": "oracle", "seconds": seconds}
+    tables[ORACLE] = {"table": oracle.table} | facts
     return tables
+
+
+def load_searched(profile: Profile) -> dict[str, dict]:
+    """Return what the best formula of every search scores by, of methods that look for sums over layers to allocate by.
+
+    Returns:
+        "method, seed" -> entry as in :func:`load_tables`.
+    """
+    searches = load_searches(profile)
+    kept = searches[searches["method"].isin(ALLOCATED) & (searches["structure"] == "branched")]
+    formulas = {f"{row.method}, {row.seed}": row.best for row in kept.itertuples()}
+    return _evaluated(profile, formulas, "search")
+
+
+def _evaluated(profile: Profile, formulas: Mapping[str, str], variant: str) -> dict[str, dict]:
+    """Return the entries of formulas in their text form."""
+    statistics, entries = load_statistics(profile), {}
+    evaluator = Evaluator(statistics)
+    for name, text in formulas.items():
+        started = time.perf_counter()
+        genotype = parse(text)
+        table = evaluator.scores(genotype)
+        seconds = sum(statistics.seconds[key] for key in genotype.reads) + time.perf_counter() - started
+        entries[name] = {
+            "table": table,
+            "aggregation": genotype.aggregation,
+            "separable": is_table(table, profile.choices) and genotype.aggregation == "sum",
+            "variant": variant,
+            "seconds": seconds,
+        }
+    return entries
 
 
 def build_heldout(profile: Profile) -> None:
@@ -81,8 +109,7 @@ def _rows(profile: Profile, quantizer: str) -> list[dict[str, object]]:
         if name != ORACLE:
             table, how = entry["table"], entry["aggregation"]
             scores = [score(table, part.configs, profile.choices, aggregation=how) for part in parts]
-            separable = is_table(table, profile.choices) and how == "sum"
-            facts = {"variant": entry["variant"], "separable": separable}
+            facts = {"variant": entry["variant"], "separable": entry["separable"]}
             rows.append({"proxy": name} | facts | _ranks(parts, scores, rng=rng) | {"seconds": entry["seconds"]})
     for name, fit in ((ORACLE, ranking.additive_oracle), (PAIRWISE, ranking.pairwise_oracle)):
         before = time.perf_counter()

@@ -81,7 +81,7 @@ class Profile:
     stratified_configs: int = 213
     one_bit_configs: int = 0
     bench_images: int | None = None
-    budgets: tuple[float, ...] = (2.25, 2.5, 3.0, 3.5)
+    budgets: tuple[float, ...] = (2.25, 2.5, 2.75, 3.0, 3.5)
     evolution: EvolutionBudget = field(default_factory=EvolutionBudget)
 
     def __post_init__(self) -> None:

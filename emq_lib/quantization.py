@@ -20,7 +20,7 @@ from emq_lib.measuring import PARTIAL, load_network, measure_resumably
 from emq_lib.profiles import Profile
 
 FRONT = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75)
-FRONT_METHODS = ("bit sum", "HAWQ-V2", "sqrt one-layer KL", "evolved", "evolved for rho")
+FRONT_METHODS = ("bit sum", "HAWQ-V2", "sqrt one-layer KL", "evolved", "evolved for rho", "evolved for allocation")
 RANDOM_DRAWS = 5
 
 
@@ -82,7 +82,7 @@ def choose_configurations(profile: Profile, tables: Mapping[str, Mapping], size:
 
 
 def build_quantization(profile: Profile, data: ImageData, tables: Mapping[str, Mapping]) -> None:
-    """Choose configurations, measure each on all test images, and write ``quantization.csv``.
+    """Choose configurations, measure each on the test images of the bench, and write ``quantization.csv``.
 
     Can be interrupted and called again: see :func:`emq_lib.measuring.measure_resumably`.
 
@@ -112,7 +112,7 @@ def build_quantization(profile: Profile, data: ImageData, tables: Mapping[str, M
         chosen = pd.concat([pd.DataFrame(flat), chosen], ignore_index=True)
         distinct = chosen["bits"].drop_duplicates()
         configs = np.array([[int(bits) for bits in text] for text in distinct], dtype=np.int8)
-        measured, seconds = measure_resumably(profile, network, data, configs)
+        measured, seconds = measure_resumably(profile, network, data, configs, images=profile.bench_images)
         measured = measured.drop(columns="key").assign(
             bits=distinct.to_numpy(),
             size_bytes=size.total(configs, profile.choices).astype(np.int64),

@@ -8,6 +8,7 @@ chapter 03.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -124,8 +125,11 @@ def _gram(x: Tensor, _: int) -> Tensor:
 
 
 def _slogdet(x: Tensor, _: int) -> Tensor:
-    identity = torch.eye(x.shape[1], device=x.device, dtype=x.dtype)
-    return torch.linalg.slogdet(_gram(x, 0) / x.shape[2] + EPSILON * identity).logabsdet.view(-1, 1, 1)
+    channels, elements = x.shape[1:]
+    short = x if channels <= elements else x.mT  # the other eigenvalues of the channels' Gram matrix are zero
+    identity = torch.eye(short.shape[1], device=x.device, dtype=x.dtype)
+    found = torch.linalg.slogdet(_gram(short, 0) / elements + EPSILON * identity).logabsdet
+    return (found + (channels - short.shape[1]) * math.log(EPSILON)).view(-1, 1, 1)
 
 
 def _channel_distance(x: Tensor, _: int) -> Tensor:
@@ -818,9 +822,3 @@ _TOTALS = {
     "survival": r"S = \sum_l \prod_{k \le l} \exp ",
 }
 _GEOMETRY = {"A": "inputs", "C": "channels"} | dict.fromkeys("bnTOKL", "number") | dict.fromkeys(PAIRS, "pairs")
-_AGGREGATED = {
-    "sum": r"S = \sum_l ",
-    "weakest": r"S = \min_l ",
-    "depth": r"S = \sum_l l \, ",
-    "survival": r"S = \sum_l \prod_{k \le l} \exp ",
-}

@@ -17,7 +17,7 @@ from emq_lib.search_space import parse
 @pytest.fixture
 def short(profile, own_study, monkeypatch):
     """The digits study with a few methods, iterations and seeds."""
-    kept = (experiments.EVOLUTION, "three goals", experiments.REFINED, experiments.WITH_PAIRS)
+    kept = (experiments.EVOLUTION, "three goals", experiments.FOR_RHO, experiments.WITH_PAIRS)
     monkeypatch.setattr(experiments, "METHODS", {name: experiments.METHODS[name] for name in kept})
     return dataclasses.replace(profile, evolution=EvolutionBudget(population=8, iterations=8, seeds=2))
 
@@ -52,7 +52,7 @@ def test_every_run_is_logged_with_its_control_and_its_worth(short, own_study):
     experiments.build_evolution(short, workers=1)
     table = experiments.load_searches(short)
     structures = table.groupby("method")["structure"].nunique().to_dict()
-    others = {"three goals": 1, experiments.REFINED: 1, experiments.WITH_PAIRS: 1}
+    others = {"three goals": 1, experiments.FOR_RHO: 1, experiments.WITH_PAIRS: 1}
     assert structures == {"evolution": 3, "random search": 3} | others
     evolved = table.query("method == 'evolution'").set_index(["structure", "seed"])
     control = table.query("method == 'random search'").set_index(["structure", "seed"])
@@ -86,8 +86,8 @@ def test_other_studies_are_evolved_on_together(short, own_study, profile):
     twin = dataclasses.replace(short, name="twin")
     shutil.copytree(own_study, own_study.parent / "twin")
     experiments.build_transfer(short, [twin], workers=1)
-    winner = experiments.load_winner(short, filename="transfer.jsonl")
-    (problem,) = experiments.load_problems(twin)
+    winner = experiments.load_winner(short, experiments.FOR_RHO, filename="transfer.jsonl")
+    (problem,) = experiments.load_problems(twin, "rho")
     scores = problem.evaluator.score(parse(winner["best"]), problem.configs)
     assert winner["fitness"] == pytest.approx(problem.fitness(scores))
     with pytest.raises(InvalidParameterError, match="cannot be among the others"):

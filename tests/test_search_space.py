@@ -231,6 +231,13 @@ def test_every_unary_agrees_with_its_formula_one_layer_and_width_at_a_time(stati
                 np.testing.assert_allclose(value.reshape(np.shape(truth)), truth, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
+def test_the_determinant_of_more_channels_than_weights_each_is_that_of_the_channels():
+    layer = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(0))
+    found = space.UNARIES["slogdet"].function(layer, 21).flatten().numpy()
+    grams = np.einsum("rck,rdk->rcd", layer.double(), layer.double()) / 3
+    np.testing.assert_allclose(found, np.linalg.slogdet(grams + 1e-9 * np.eye(7))[1], rtol=1e-6)
+
+
 def test_every_binary_agrees_with_its_formula(statistics, evaluator):
     def softmax(x):
         return np.exp(x) / np.exp(x).sum()
