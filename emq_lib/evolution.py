@@ -199,6 +199,12 @@ class Judge:
         self.evaluations += 1
         return replace(found, genotype=genotype)
 
+    def judge_many(self, genotypes: Sequence[Genotype]) -> list[Individual | None]:
+        """Return what :meth:`judge` does of each, evaluated together as far as the evaluators can."""
+        for evaluator in dict.fromkeys(problem.evaluator for problem in self.problems):
+            evaluator.prepare(genotypes)
+        return list(map(self.judge, genotypes))
+
     def _evaluate(self, genotype: Genotype) -> Individual | None:
         order, found, tables = hashlib.blake2b(digest_size=8), [], {}
         for problem in self.problems:
@@ -274,7 +280,7 @@ def evolve(
     populations: list[list[Individual]] = []
     fitting = [genotype for genotype in map(space.fit, known) if genotype is not None]
     for _ in range(islands):
-        population = _unlike(filter(None, map(judge.judge, fitting)))[:size]
+        population = _unlike(filter(None, judge.judge_many(fitting)))[:size]
         while len(population) < size:
             population.append(judge.newcomer(space, rng, {member.fingerprint for member in population}))
         populations.append(_sorted(population))
@@ -291,7 +297,7 @@ def evolve(
         child = cross(one, two, rng=rng) if rng.random() < CROSSOVER else one
         if rng.random() < MUTATION:
             child = space.mutate(child, rng=rng, probability=genes)
-        _enter(population, [judge.judge(child), judge.judge(space.random(rng)) if diversity else None])
+        _enter(population, judge.judge_many([child, space.random(rng)] if diversity else [child]))
         yield _state(iteration, judge, populations)
 
 
@@ -372,8 +378,8 @@ def evolve_front(
         for _ in range(budget.population):
             one, two = (population[rng.integers(len(population), size=2).min()].genotype for _ in range(2))
             child = cross(one, two, rng=rng) if rng.random() < CROSSOVER else one
-            children.append(judge.judge(space.mutate(child, rng=rng) if rng.random() < MUTATION else child))
-        members, first = ranked(_unlike([*population, *filter(None, children)]))
+            children.append(space.mutate(child, rng=rng) if rng.random() < MUTATION else child)
+        members, first = ranked(_unlike([*population, *filter(None, judge.judge_many(children))]))
         population = members[: budget.population]
         yield _state(iteration, judge, [_sorted(members)], population[:first])
 

@@ -41,7 +41,7 @@ BINS, HALVES, PENALTY, FEW, ISLANDS, GENTLE, LONG = 5, 8, 0.002, 50, 5, 0.15, 3
 EVOLUTION, CONTROL, REFINED = "evolution", "random search", "refined"
 FOR_RHO, WITH_PAIRS = "refined, for rho", "refined, pairs of layers"
 INSIDE, RISING, RISING_INSIDE = "refined, inside sizes", "refined, for rho, rising", "refined, inside sizes, rising"
-ALLOCATED = (EVOLUTION, REFINED, FOR_RHO, INSIDE, RISING, RISING_INSIDE)  # methods whose formulas all allocate bits
+ALLOCATED = (REFINED, FOR_RHO, INSIDE, RISING, RISING_INSIDE)  # methods that differ in fitness alone
 EVOLVED = {  # proxy -> its method
     "evolved": REFINED,
     "evolved for rho": FOR_RHO,
@@ -132,20 +132,21 @@ def runs(profile: Profile) -> list[Run]:
 
 
 @functools.lru_cache(maxsize=8)
-def _loaded(profile: Profile, _root: str | None) -> tuple[Evaluator, Bench, Bench]:
+def _loaded(profile: Profile, device: str, _root: str | None) -> tuple[Evaluator, Bench, Bench]:
     """Return a study's evaluator, and the search halves of its random and of its stratified configurations."""
     bench = Bench.load(profile)
-    return Evaluator(load_statistics(profile)), bench.split()[0], bench.split("stratified")[0]
+    return Evaluator(load_statistics(profile), device=device), bench.split()[0], bench.split("stratified")[0]
 
 
-def load_problems(profile: Profile, goal: str = "ranks") -> list[Problem]:
+def load_problems(profile: Profile, goal: str = "ranks", *, device: str = "cpu") -> list[Problem]:
     """Return what candidates are judged on: the search half of the configurations, half A of the test images.
 
     Args:
         profile: the study.
         goal: see :class:`Method`.
+        device: where formulas are evaluated.
     """
-    evaluator, search, spread = _loaded(profile, os.environ.get("EMQ_STUDY_ROOT"))
+    evaluator, search, spread = _loaded(profile, device, os.environ.get("EMQ_STUDY_ROOT"))
     if goal == "sizes":
         problem = Problem(evaluator, spread.configs, spread.half_a)
         return [problem.inside_sizes(spread.table["size_bytes"].to_numpy(), BINS)]
@@ -214,10 +215,11 @@ def search(
     return found
 
 
-def _lines(profile: Profile, others: tuple[Profile, ...], run: Run, folder: str) -> list[str]:
+def _lines(profile: Profile, others: tuple[Profile, ...], run: Run, folder: str, device: str) -> list[str]:
     """Search and return the log's lines; a run that was stopped goes on from its journal in the folder."""
     studies = others or (profile,)
-    problems = [problem for study in studies for problem in load_problems(study, METHODS[run.method].goal)]
+    goal = METHODS[run.method].goal
+    problems = [problem for study in studies for problem in load_problems(study, goal, device=device)]
     depends = {"run": run.name, "budget": asdict(profile.evolution)}
     depends |= {
         f"{study.name}/{file}": sha256(study_folder(study) / file)
@@ -230,7 +232,7 @@ def _lines(profile: Profile, others: tuple[Profile, ...], run: Run, folder: str)
     return [to_json({"method": method} | facts | asdict(generation)) for method, generation in found]
 
 
-def build_evolution(profile: Profile, *, workers: int | None = None) -> None:
+def build_evolution(profile: Profile, *, workers: int | None = None, device: str = "cpu") -> None:
     """Run every search; write ``evolution.jsonl`` and, what their formulas are worth, ``searches.csv``.
 
     One JSON line per generation that improved the best formula of its run, and one for the last. Fitness reads the
@@ -240,8 +242,9 @@ def build_evolution(profile: Profile, *, workers: int | None = None) -> None:
     Args:
         profile: the study.
         workers: processes that share the runs; None: one per processor.
+        device: where formulas are evaluated; another one may round differently, so bytes are the same on one only.
     """
-    _build(profile, runs(profile), (), "evolution.jsonl", workers)
+    _build(profile, runs(profile), (), "evolution.jsonl", workers, device)
     started = time.perf_counter()
     table = _worth(profile, load_evolution(profile))
     with atomic_path(study_folder(profile) / "searches.csv") as path:
@@ -250,22 +253,45 @@ def build_evolution(profile: Profile, *, workers: int | None = None) -> None:
     record(profile, "searches.csv", command=command, seconds=time.perf_counter() - started, rows=len(table))
 
 
-def build_transfer(profile: Profile, others: Sequence[Profile], *, workers: int | None = None) -> None:
-    """Evolve on other studies together, for the mean of their fitness; write ``transfer.jsonl`` of the one left out."""
+def build_transfer(
+    profile: Profile, others: Sequence[Profile], *, workers: int | None = None, device: str = "cpu"
+) -> None:
+    """Evolve on other studies together, for the mean of their fitness; write ``transfer.jsonl`` of the one left out.
+
+    Args:
+        profile: the study that is left out; gives budget, seeds and the folder of the log.
+        others: the studies whose fitness is averaged.
+        workers: as in :func:`build_evolution`.
+        device: as in :func:`build_evolution`.
+
+    Raises:
+        InvalidParameterError: the study is among the others.
+    """
     if profile.name in [other.name for other in others]:
         raise InvalidParameterError(f"{profile.name} is to be left out, so it cannot be among the others.")
     several = [
         Run(method, "branched", seed) for method in (FOR_RHO, WITH_PAIRS) for seed in range(profile.evolution.seeds)
     ]
-    _build(profile, several, tuple(others), "transfer.jsonl", workers)
+    _build(profile, several, tuple(others), "transfer.jsonl", workers, device)
 
 
 def _build(
-    profile: Profile, several: Sequence[Run], others: tuple[Profile, ...], filename: str, workers: int | None
+    profile: Profile,
+    several: Sequence[Run],
+    others: tuple[Profile, ...],
+    filename: str,
+    workers: int | None,
+    device: str,
 ) -> None:
     started = time.perf_counter()
     folder = f".{filename}.resume"
-    tasks = (itertools.repeat(profile), itertools.repeat(others), several, itertools.repeat(folder))
+    tasks = (
+        itertools.repeat(profile),
+        itertools.repeat(others),
+        several,
+        itertools.repeat(folder),
+        itertools.repeat(device),
+    )
     if workers == 1:
         lines = list(map(_lines, *tasks))
     else:

@@ -203,6 +203,16 @@ UNARIES: Mapping[str, Unary] = {
 }
 
 
+# Reductions that a mean gives: functions of the numbers before it, and what becomes of the mean of n numbers.
+REDUCTIONS: Mapping[str, tuple[tuple[str, ...], Callable[[Tensor, Tensor], Tensor]]] = {
+    "mean": ((), lambda mean, _: mean),
+    "sum": ((), lambda mean, n: mean * n),
+    "l1": (("abs",), lambda mean, _: mean),
+    "rms": (("pow2",), lambda mean, _: mean.sqrt()),
+    "frobenius": (("pow2",), lambda mean, n: (mean * n).sqrt()),
+}
+
+
 @dataclass(frozen=True)
 class Binary:
     """A function of two values of like geometry; attributes as in :class:`Unary`."""
@@ -439,6 +449,60 @@ def _without_last_mean(chain: tuple[str, ...], *, pairs: bool) -> tuple[str, ...
     return chain if pairs or chain[-1] != "mean" else chain[:-1] or ("no_op",)
 
 
+def element_programs(genotype: Genotype) -> dict[tuple[str, ...], tuple[tuple[str, ...], str]]:
+    """Return the parts of a formula that are element-wise up to a reduction, as programs for :mod:`emq_lib.kernels`.
+
+    A part is the beginning of a chain on an input, or of what follows the binary of two element-wise branches on inputs
+    of like geometry. A DAG has none.
+
+    Returns:
+        key of the part -> the program in postfix order, and the reduction that its mean stands for, of
+        :data:`REDUCTIONS`.
+
+    >>> element_programs(parse("branched(product; bW: no_op; G: no_op; abs, sum)"))
+    {('product', 'G', 'no_op', 'bW', 'no_op', 'abs', 'sum'): (('G', 'W', 'times b', 'product', 'abs'), 'sum')}
+    """
+    short = canonical(genotype)
+    if short.structure == "dag":
+        return {}
+    geometries = [_GEOMETRY.get(name[-1], "weights") for name in short.inputs]
+    joined, parts, branches = short.structure == "branched", {}, []
+    for name, chain, geometry in zip(short.inputs, short.chains, geometries, strict=False):
+        program = (name,) if len(name) == 1 else (name[1], "times b")
+        branches.append((*program, *chain))
+        if geometry not in ("number", "pairs"):
+            parts |= _part((name,), program, chain if joined else _reduced(chain))
+    alike = joined and geometries[0] == geometries[1] and geometries[0] not in ("number", "pairs")
+    functions = [UNARIES[unary] for chain in short.chains[:-1] for unary in chain]
+    if alike and all(one.result == "element" for one in (*functions, BINARIES[short.binary])):
+        parts |= _part(_joined(short), (*branches[0], *branches[1], short.binary), _reduced(short.chains[-1]))
+    return parts
+
+
+def _part(
+    head: tuple[str, ...], program: tuple[str, ...], chain: tuple[str, ...]
+) -> dict[tuple[str, ...], tuple[tuple[str, ...], str]]:
+    """Return the beginning of a chain up to its first reduction; nothing if another function looks at whole layers."""
+    for end, unary in enumerate(chain):
+        if unary in REDUCTIONS:
+            steps = (*program, *chain[:end], *REDUCTIONS[unary][0])
+            return {head + chain[: end + 1]: (tuple(step for step in steps if step != "no_op"), unary)}
+        if UNARIES[unary].result != "element":
+            break
+    return {}
+
+
+def _reduced(chain: tuple[str, ...]) -> tuple[str, ...]:
+    """Return a chain with the mean at its end that a formula has, if it does not come to one number before."""
+    return chain if _ends_in_number(chain) else (*chain, "mean")
+
+
+def _joined(genotype: Genotype) -> tuple[str, ...]:
+    """Return the key of what a branched formula's binary gives."""
+    branches = zip(genotype.inputs, genotype.chains, strict=False)
+    return (genotype.binary, *itertools.chain.from_iterable((name, *chain) for name, chain in branches))
+
+
 @dataclass(frozen=True)
 class Space:
     """What genotypes are drawn from.
@@ -587,16 +651,42 @@ class Evaluator:
         statistics: of L layers in S slots at B choices.
         mode: "corrected", or "released": primitives with the traps of the released code.
         device: where statistics with one number per weight are kept.
+        batched: whether the element-wise formulas of a population run in one launch of a kernel; None: on a GPU.
     """
 
-    def __init__(self, statistics: LayerStatistics, *, mode: str = "corrected", device: str = "cpu") -> None:
+    def __init__(
+        self, statistics: LayerStatistics, *, mode: str = "corrected", device: str = "cpu", batched: bool | None = None
+    ) -> None:
         if mode not in ("corrected", "released"):
             raise GenotypeSyntaxError(f"unknown mode {mode!r}; there are corrected and released.")
         self.choices, self.slots = statistics.choices, statistics.slot_count
         self._statistics, self._mode, self._device = statistics, mode, device
+        self._batched = device != "cpu" if batched is None else batched
         self._slot_of = torch.tensor(statistics.slots, device=device)
         self._known: dict[tuple, Value] = {}
         self._inputs: dict[str, Value] = {}
+        self._prepared: dict[tuple, Value] = {}
+
+    def prepare(self, genotypes: Sequence[Genotype]) -> None:
+        """Compute the element-wise parts of a population's formulas in one launch for each geometry, if batched."""
+        self._prepared = {}
+        if not self._batched or self._mode == "released":
+            return
+        from emq_lib.kernels import postfix_means  # Triton takes seconds to import
+
+        groups: dict[tuple, dict[tuple[str, ...], tuple[tuple[str, ...], str]]] = {}
+        for genotype in genotypes:
+            for key, part in element_programs(genotype).items():
+                groups.setdefault(self.input(part[0][0]).shapes, {})[key] = part
+        for shapes, parts in groups.items():
+            programs = [program for program, _ in parts.values()]
+            inputs = {name: self.input(name) for program in programs for name in program if name in INPUTS}
+            data = {name: value.data for name, value in inputs.items()}
+            means = postfix_means(programs, data, [rows * columns for rows, columns in shapes], self.choices)
+            counts = torch.tensor(next(iter(inputs.values())).counts, device=means.device)
+            for (key, (_, reduction)), mean in zip(parts.items(), means, strict=True):
+                numbers = REDUCTIONS[reduction][1](mean, counts)
+                self._prepared[key] = Value(numbers, ((1, 1),) * len(shapes), (1,) * len(shapes))
 
     def scores(self, genotype: Genotype) -> np.ndarray:
         """Return the score table (S, B), or the matrix of pairs (S B, S B) of a formula that ends in one, float64.
@@ -617,13 +707,19 @@ class Evaluator:
 
     def _value(self, genotype: Genotype) -> Value:
         if genotype.structure == "sequential":
-            return self._chain(genotype.inputs[0], genotype.chains[0])
+            (name,), (chain,) = genotype.inputs, genotype.chains
+            return self._batched_chain((name,), _reduced(chain)) or self._chain(name, chain)
         if genotype.structure == "branched":
             *branches, last = genotype.chains
-            one, two = (self._chain(name, chain) for name, chain in zip(genotype.inputs, branches, strict=True))
-            value = self._binary(genotype.binary, one, two)
-            for unary in last:
-                value = self._unary(unary, value)
+            value = self._batched_chain(_joined(genotype), _reduced(last))
+            if value is None:
+                one, two = (
+                    self._batched_chain((name,), chain) or self._chain(name, chain)
+                    for name, chain in zip(genotype.inputs, branches, strict=True)
+                )
+                value = self._binary(genotype.binary, one, two)
+                for unary in last:
+                    value = self._unary(unary, value)
             return value
         states = [self.input(name) for name in genotype.inputs]
         for chain in genotype.chains:
@@ -635,6 +731,15 @@ class Evaluator:
         nodes = [self._means(node) for node in states[2:]]
         mean = sum(node.data for node in nodes) / len(nodes)
         return replace(nodes[0], data=mean)
+
+    def _batched_chain(self, head: tuple[str, ...], chain: tuple[str, ...]) -> Value | None:
+        """Return the value after the unaries from the longest part that :meth:`prepare` computed; None if none."""
+        for end in range(len(chain), 0, -1):
+            if value := self._prepared.get(head + chain[:end]):
+                for unary in chain[end:]:
+                    value = self._unary(unary, value)
+                return value
+        return None
 
     def _chain(self, name: str, chain: Sequence[str]) -> Value:
         """Return the value after the unaries; every beginning of a chain is remembered."""

@@ -238,6 +238,26 @@ def test_the_determinant_of_more_channels_than_weights_each_is_that_of_the_chann
     np.testing.assert_allclose(found, np.linalg.slogdet(grams + 1e-9 * np.eye(7))[1], rtol=1e-6)
 
 
+def test_a_population_in_one_launch_scores_like_one_formula_at_a_time(statistics, evaluator):
+    drawing = space.Space("branched", inputs=("W", "G", "E", "bW", "C", "bC"))
+    rng = np.random.default_rng(0)
+    tame = tuple(name for name in space.UNARIES if name not in ("invert", "rsqrt", "exp", "cube"))
+    drawing = dataclasses.replace(
+        drawing, unaries=tame, binaries=tuple(name for name in space.BINARIES if name != "ratio")
+    )
+    population = [space.KNOWN["bit-SNIP"], space.KNOWN["Fisher error"], *(drawing.random(rng) for _ in range(150))]
+    together = space.Evaluator(statistics, batched=True)
+    together.prepare(population)
+    parts = {key for genotype in population for key in space.element_programs(genotype)}
+    assert set(together._prepared) == parts
+    assert len(parts) > 40
+    assert {key[0] for key in parts} > {"W", "E", "C", "product"}
+    for genotype in population:
+        alone = evaluator.scores(genotype)
+        scale = np.abs(alone[np.isfinite(alone)]).max(initial=1e-30)
+        np.testing.assert_allclose(together.scores(genotype), alone, rtol=1e-3, atol=1e-5 * scale, err_msg=genotype)
+
+
 def test_every_binary_agrees_with_its_formula(statistics, evaluator):
     def softmax(x):
         return np.exp(x) / np.exp(x).sum()
