@@ -48,6 +48,7 @@ EVOLVED = {  # proxy -> its method
     "evolved for allocation": RISING_INSIDE,
     "evolved with pairs": WITH_PAIRS,
 }
+TRANSFERRED = {"transferred for rho": FOR_RHO, "transferred with pairs": WITH_PAIRS}  # the same, on the other studies
 
 
 @dataclass(frozen=True)
@@ -269,9 +270,8 @@ def build_transfer(
     """
     if profile.name in [other.name for other in others]:
         raise InvalidParameterError(f"{profile.name} is to be left out, so it cannot be among the others.")
-    several = [
-        Run(method, "branched", seed) for method in (FOR_RHO, WITH_PAIRS) for seed in range(profile.evolution.seeds)
-    ]
+    seeds = range(profile.evolution.seeds)
+    several = [Run(method, "branched", seed) for method in TRANSFERRED.values() for seed in seeds]
     _build(profile, several, tuple(others), "transfer.jsonl", workers, device)
 
 

@@ -15,7 +15,7 @@ from emq_lib import ranking
 from emq_lib.artefacts import atomic_path, checked_path, record, study_folder
 from emq_lib.bench import Bench, has_study
 from emq_lib.errors import MissingArtefactError
-from emq_lib.experiments import ALLOCATED, EVOLVED, load_searches, load_winner
+from emq_lib.experiments import ALLOCATED, EVOLVED, TRANSFERRED, load_searches, load_winner
 from emq_lib.layer_statistics import load_statistics
 from emq_lib.profiles import QUANTIZERS, Profile
 from emq_lib.proxies import is_table, load_proxies, score
@@ -26,7 +26,9 @@ BINS = 5  # of the stratified sample's held-out half, by size
 
 
 def load_tables(profile: Profile) -> dict[str, dict]:
-    """Return what every method of a study scores by: hand-made proxies, evolved ones if any, the additive oracle.
+    """Return what every method of a study scores by: hand-made proxies, the additive oracle, and what there is of others.
+
+    The others evolved on the study, or were transferred: evolved on other studies without a look at this one.
 
     Returns:
         name -> {"table": score table (S, B) or matrix of pairs (S B, S B), "aggregation": how slots are combined,
@@ -36,9 +38,11 @@ def load_tables(profile: Profile) -> dict[str, dict]:
         name: entry | {"aggregation": "sum", "separable": is_table(entry["table"], profile.choices)}
         for name, entry in load_proxies(profile)[1].items()
     }
-    if has_study(profile, "evolution.jsonl"):
-        winners = {name: load_winner(profile, method)["best"] for name, method in EVOLVED.items()}
-        tables |= _evaluated(profile, winners, "evolved")
+    searched = (("evolved", EVOLVED, "evolution.jsonl"), ("transferred", TRANSFERRED, "transfer.jsonl"))
+    for variant, methods, filename in searched:
+        if has_study(profile, filename):
+            winners = {name: load_winner(profile, method, filename)["best"] for name, method in methods.items()}
+            tables |= _evaluated(profile, winners, variant)
     search, _ = Bench.load(profile).split()
     started = time.perf_counter()
     oracle = ranking.additive_oracle(search.configs, search.half_a, search.configs, profile.choices)
