@@ -20,7 +20,7 @@ import torch
 from emq_lib import ranking
 from emq_lib.artefacts import atomic_path, checked_path, record, sha256, study_folder, to_json
 from emq_lib.bench import Bench
-from emq_lib.errors import CorruptArtefactError, InvalidParameterError
+from emq_lib.errors import CorruptArtefactError, InvalidParameterError, MissingArtefactError
 from emq_lib.evolution import (
     GENES,
     Generation,
@@ -408,6 +408,14 @@ def load_searches(profile: Profile) -> pd.DataFrame:
 
 
 def load_winner(profile: Profile, method: str = REFINED, filename: str = "evolution.jsonl") -> dict:
-    """Return the log line of a method's fittest formula over all seeds and structures: a choice by the search half."""
-    lines = load_evolution(profile, filename)
-    return max((line for line in lines if line["method"] == method), key=lambda line: line["fitness"])
+    """Return the log line of a method's fittest formula over all seeds and structures: a choice by the search half.
+
+    Raises:
+        MissingArtefactError: the log has no run of this method.
+    """
+    lines = [line for line in load_evolution(profile, filename) if line["method"] == method]
+    if not lines:
+        raise MissingArtefactError(
+            f"{study_folder(profile) / filename} has no run of {method!r}; it may be older than this code. Rebuild it."
+        )
+    return max(lines, key=lambda line: line["fitness"])

@@ -26,9 +26,9 @@ BINS = 5  # of the stratified sample's held-out half, by size
 
 
 def load_tables(profile: Profile) -> dict[str, dict]:
-    """Return what every method of a study scores by: hand-made proxies, the additive oracle, and what there is of others.
+    """Return what every method of a study scores by: hand-made proxies, the additive oracle, and, if any, evolved ones.
 
-    The others evolved on the study, or were transferred: evolved on other studies without a look at this one.
+    These evolved on the study, or were transferred: evolved on other studies without a look at this one.
 
     Returns:
         name -> {"table": score table (S, B) or matrix of pairs (S B, S B), "aggregation": how slots are combined,

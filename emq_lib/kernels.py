@@ -1,14 +1,19 @@
 """The Triton kernel behind evolved formulas: many element-wise programs over the numbers of all layers in one launch.
 
-Imported where formulas are evaluated on a GPU only. With ``TRITON_INTERPRET=1`` it runs on a CPU, slowly, which is how
-it is tested there. Explained in chapter 03.
+Imported only where formulas are evaluated in batches, on a GPU. Without one it is run by Triton's interpreter, slowly,
+which is how it is tested there. Explained in chapter 03.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton looks when a function is decorated
+
 import triton
 import triton.language as tl
 

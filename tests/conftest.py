@@ -6,14 +6,10 @@ import os
 import shutil
 
 import pytest
-import torch
 
 from emq_lib import bench, layer_statistics, training
 from emq_lib.datasets import load_dataset
 from emq_lib.profiles import get_profile
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # kernels run in Triton's interpreter
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 from emq_lib import experiments, ranking
 from emq_lib.artefacts import read_manifest
 from emq_lib.bench import Bench
-from emq_lib.errors import CorruptArtefactError, InvalidParameterError
+from emq_lib.errors import CorruptArtefactError, InvalidParameterError, MissingArtefactError
 from emq_lib.profiles import EvolutionBudget
 from emq_lib.search_space import parse
 
@@ -64,6 +64,8 @@ def test_every_run_is_logged_with_its_control_and_its_worth(short, own_study):
     scores = problem.evaluator.score(parse(row["best"]), heldout.configs)
     assert row["heldout_rho"] == pytest.approx(ranking.spearman(scores, heldout.top1))
     assert row["heldout_fitness"] == pytest.approx(ranking.fitness(scores, heldout.top1))
+    with pytest.raises(MissingArtefactError, match="has no run of 'islands'"):
+        experiments.load_winner(short, "islands")
     winner = experiments.load_winner(short, experiments.EVOLUTION)
     assert winner["fitness"] == table.query("method == 'evolution'")["goal"].max()
     assert {"evolution.jsonl", "searches.csv"} <= set(read_manifest(short))

@@ -1,5 +1,9 @@
 """The kernel of element-wise programs, run by Triton's interpreter, against plain PyTorch."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -74,3 +78,24 @@ def test_small_and_large_arguments_keep_their_digits(size):
 def test_programs_that_leave_no_single_number_are_refused(program, message, inputs):
     with pytest.raises(InvalidParameterError, match=message):
         kernels.postfix_means([program], inputs, LENGTHS, CHOICES)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from emq_lib import kernels
+
+kernel = kernels._postfix_means
+kinds = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("rows", "choices", "found"), "*fp32")
+kinds |= dict.fromkeys(("codes", "counts", "starts"), "*i32") | dict.fromkeys(("firsts", "steps"), "*i64")
+source = ASTSource(kernel, signature=kinds | {"BLOCK": "constexpr"}, constexprs={"BLOCK": kernels.BLOCK})
+print(len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]))
+"""
+
+
+def test_it_compiles_for_a_gpu_where_there_is_none():
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 10_000
