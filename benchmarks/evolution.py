@@ -32,7 +32,7 @@ from emq_lib.profiles import EvolutionBudget, get_profile, profile_names
 from emq_lib.search_space import KNOWN, Evaluator, Space
 
 RESULTS = pathlib.Path(__file__).with_suffix(".json")
-CONFIGURATIONS, IMAGES, REPEATS, CANDIDATES = 425, 128, 5, 400
+CONFIGURATIONS, IMAGES, REPEATS, CANDIDATES, POPULATION = 425, 128, 5, 400, 50
 
 
 def against_released_way(name: str) -> dict:
@@ -85,21 +85,21 @@ def thousand_iterations(name: str) -> dict:
             for problem in experiments.load_problems(profile)
         ]
         judge = experiments.make_judge(problems, method)
-        run = evolution.evolve(judge, space, budget=EvolutionBudget(50, 1_000), rng=np.random.default_rng(seed))
+        run = evolution.evolve(judge, space, budget=EvolutionBudget(POPULATION, 1_000), rng=np.random.default_rng(seed))
         times.append(_timed(lambda run=run: list(run)))
         judged.append(judge.evaluations + judge.rejected + judge.duplicates)
-    return {"population": 50, "iterations": 1_000, "seconds": statistics.median(times), "candidates": judged}
+    return {"population": POPULATION, "iterations": 1_000, "seconds": statistics.median(times), "candidates": judged}
 
 
-def candidates_per_second(name: str) -> dict:
-    """Judge random branched formulas, nothing remembered from before."""
+def candidates_per_second(name: str, device: str) -> dict:
+    """Judge random branched formulas, a population at a time, nothing remembered from before."""
     profile = get_profile(name)
     measured = load_statistics(profile)
-    problem = dataclasses.replace(experiments.load_problems(profile)[0], evaluator=Evaluator(measured))
+    problem = dataclasses.replace(experiments.load_problems(profile)[0], evaluator=Evaluator(measured, device=device))
     space, rng, judge = Space("branched"), np.random.default_rng(0), evolution.Judge([problem])
-    drawn = [space.random(rng) for _ in range(CANDIDATES)]
-    judge.judge(drawn[0])
-    seconds = _timed(lambda: [judge.judge(genotype) for genotype in drawn])
+    populations = [[space.random(rng) for _ in range(POPULATION)] for _ in range(CANDIDATES // POPULATION)]
+    judge.judge_many(populations[0][:1])
+    seconds = _timed(lambda: list(map(judge.judge_many, populations)))
     return {
         "layers": len(measured.names),
         "weights": int(measured.parameters.sum()),
@@ -119,6 +119,7 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", default="cifar10-resnet20")
+    parser.add_argument("--device", default="cpu", help="where random formulas are judged: cpu or cuda")
     options = parser.parse_args()
     benched = [
         name for name in profile_names() if has_study(get_profile(name), "statistics.safetensors", "bench.parquet")
@@ -127,7 +128,7 @@ def main() -> None:
         "profile": options.profile,
         "against the released way": against_released_way(options.profile),
         "a thousand iterations": thousand_iterations(options.profile),
-        "growth": {name: candidates_per_second(name) for name in benched},
+        "growth": {name: candidates_per_second(name, options.device) for name in benched},
         "hardware": hardware(),
     }
     RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")

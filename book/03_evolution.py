@@ -34,6 +34,7 @@ REBUILD = False  # True: compute the study here
 
 # %% tags=["hide-input"]
 import dataclasses
+import importlib.util
 import json
 import time
 
@@ -45,9 +46,11 @@ from emq_lib.artefacts import REPOSITORY
 from emq_lib.bench import Bench, has_study
 from emq_lib.heldout import build_heldout, load_heldout, load_tables
 from emq_lib.layer_statistics import load_statistics
-from emq_lib.profiles import get_profile
+from emq_lib.profiles import get_profile, profile_names
 from emq_lib.proxies import score, score_table
 from emq_lib.report import (
+    difference_of_means,
+    mean_with_interval,
     plot_curves,
     plot_forest,
     plot_genotype,
@@ -57,7 +60,7 @@ from emq_lib.report import (
     start_chapter,
     with_interval,
 )
-from IPython.display import Math
+from IPython.display import Math, display
 from scipy import stats
 
 chapter = start_chapter("03_evolution", PROFILE, REBUILD)
@@ -66,6 +69,18 @@ chapter = start_chapter("03_evolution", PROFILE, REBUILD)
 if chapter.rebuild:
     experiments.build_evolution(chapter.profile)
     experiments.build_enumeration(chapter.profile)
+    others = [
+        get_profile(name)
+        for name in profile_names()
+        if name != chapter.profile.name
+    ]
+    others = [
+        other
+        for other in others
+        if has_study(other, "bench.parquet", "statistics.safetensors")
+    ]
+    if others:
+        experiments.build_transfer(chapter.profile, others)
     build_heldout(chapter.profile)
 
 # %% [markdown]
@@ -337,6 +352,32 @@ show_table(
 )
 
 # %% [markdown]
+# ### By kernel
+#
+# Most of a formula is element-wise: it does the same to every weight, up to the first mean or sum. On a GPU such parts of a whole population run in one launch. Each becomes
+# a program in postfix order, and each instance of the kernel runs one program over one layer at one bit width, with its intermediate values in registers.
+
+# %%
+snip = search_space.KNOWN["bit-SNIP"]
+((program, reduction),) = search_space.element_programs(snip).values()
+program, reduction
+
+# %% [markdown]
+# Without a GPU Triton's interpreter runs the same kernel, slowly, so that it can be compared with the tables above. (Triton exists for Linux only.)
+
+# %%
+if importlib.util.find_spec("triton"):
+    from emq_lib import kernels
+
+    population = [snip, search_space.KNOWN["Fisher error"], genotype]
+    batched = search_space.Evaluator(statistics, batched=True)
+    batched.prepare(population)
+    for one in population:
+        alone = evaluator.scores(one)
+        assert np.allclose(batched.scores(one), alone, rtol=1e-3)
+    show_source(kernels._postfix_means.fn)
+
+# %% [markdown]
 # ## The published search
 #
 # On the study, evolution with the paper's settings ran in all three structures from several seeds. Beside each run stands its control: random search with exactly as many fitness
@@ -461,16 +502,13 @@ chapter.claim(
 def averaged(column, label):
     """Return the mean over seeds with its 95 % t interval, a row per method."""
     groups = searches[searches["structure"] == "branched"].groupby("method")
-    table = groups[column].agg(["mean", "sem", "size"])
-    half = table["sem"] * stats.t.ppf(0.975, table["size"] - 1)
-    ends = {"lo": table["mean"] - half, "hi": table["mean"] + half}
-    return table.assign(**ends).rename(columns={"mean": label})
+    return mean_with_interval(groups[column]).rename(columns={"mean": label})
 
 
 columns = {
     "search_fitness": "search half",
     "heldout_fitness": "held-out half",
-    "heldout_rho": "held-out rho",
+    "heldout_rho100": "held-out rho",
     "heldout_binned": "rho inside sizes",
 }
 ablation = pd.DataFrame(
@@ -509,22 +547,17 @@ runs = searches[searches["structure"] == "branched"].set_index("method")
 
 def difference(one, two, column="heldout_fitness"):
     """Return how far two ways of searching are apart, with Welch's interval."""
-    test = stats.ttest_ind(
-        runs.loc[one, column], runs.loc[two, column], equal_var=False
-    )
-    ends = test.confidence_interval(0.95)
-    gap = runs.loc[one, column].mean() - runs.loc[two, column].mean()
-    return gap, (ends.low, ends.high), len(runs.loc[one])
+    return difference_of_means(runs.loc[one, column], runs.loc[two, column])
 
 
-factor_rho = averaged("heldout_rho", "rho").loc["bits as a factor"]
+factor_rho = averaged("heldout_rho100", "rho").loc["bits as a factor"]
 chapter.claim(
     "factor_rho",
     "With bits as a factor alone evolution ends at a held-out rho of {:.2f}.",
     factor_rho.rho,
     within={"cifar10-resnet20": (0.3, 0.8)},
     interval=(factor_rho.lo, factor_rho.hi),
-    n=int(factor_rho["size"]),
+    n=int(factor_rho.n),
     paper="0.7921 at n = 50 on MQ-Bench-101, ResNet-18 (secondary summary)",
 )
 
@@ -966,22 +999,52 @@ studies = {
     )
     if has_study(get_profile(name), "evolution.jsonl", "heldout.csv")
 }
+found = {
+    name: load_heldout(profile).set_index("proxy")
+    for name, profile in studies.items()
+}
+by_hand = {  # chosen on the search half: the best sum over layers, and the best of all
+    name: (
+        table.query("variant == 'corrected' and separable"),
+        table.query("variant == 'corrected'"),
+    )
+    for name, table in found.items()
+}
+by_hand = {
+    name: [part["search_fitness"].idxmax() for part in parts]
+    for name, parts in by_hand.items()
+}
+
+# %%
 columns = {}
-for name, profile in studies.items():
-    table = load_heldout(profile).set_index("proxy")
-    separable = table.query("variant == 'corrected' and separable")
-    kept = table.loc[
-        [
-            *formulas,
-            separable["search_fitness"].idxmax(),
-            "CLADO",
-            "additive oracle",
-        ]
-    ].rename(index={separable["search_fitness"].idxmax(): "best hand-made sum"})
+for name, table in found.items():
+    best_sum, best_of_all = by_hand[name]
+    kept = {
+        **{one: one for one in formulas},
+        "best hand-made sum": best_sum,
+        "best hand-made of all": best_of_all,
+        "additive oracle": "additive oracle",
+    }
+    kept = {label: row for label, row in kept.items() if row in table.index}
+    rows = table.loc[list(kept.values())]
     columns[name] = pd.Series(
-        with_interval(kept, "rho100", "lo", "hi"), index=kept.index
+        with_interval(rows, "rho100", "lo", "hi"), index=list(kept)
     )
 show_table(pd.DataFrame(columns).rename_axis("proxy").reset_index())
+by_hand
+
+# %% [markdown]
+# How much of each fitness was fitted to its search half: what the evolved proxy loses on the held-out half, beyond what proxies lose that nobody fitted.
+
+# %%
+rows = []
+for name, table in found.items():
+    change = table["search_fitness"] - table["heldout_fitness"]
+    untouched = change[table.query("variant == 'corrected'").index]
+    row = {"network": name, "hand-made, mean": untouched.mean()}
+    row |= {one: change[one] - untouched.mean() for one in formulas}
+    rows.append(row)
+show_table(pd.DataFrame(rows), decimals=3)
 
 # %% [markdown]
 # Does a formula that evolved on one network rank the configurations of another? Rows: where it evolved for rho; columns: whose held-out configurations it ranks.
@@ -999,13 +1062,102 @@ for source, profile in studies.items():
     line = experiments.load_winner(profile, experiments.FOR_RHO)
     row = {"evolved on": source}
     for target, half in halves.items():
-        found = judges[target].score(
+        seen = judges[target].score(
             search_space.parse(line["best"]), half.configs
         )
-        one = ranking.bootstrap_rho(found, half.top1, rng=profile.rng(target))
+        one = ranking.bootstrap_rho(seen, half.top1, rng=profile.rng(target))
         row[target] = f"{one.value:.2f} [{one.lo:.2f}, {one.hi:.2f}]"
     rows.append(row)
 show_table(pd.DataFrame(rows))
+
+# %% [markdown]
+# ### One left out
+#
+# A formula for networks that it has not seen should evolve on several at once. So for each network in turn, the search ran on the other three, with the mean of their fitness, and
+# the fittest formula was taken to the one left out. Its rivals are the hand-made proxies that are best on that network's own search half, which is more than the transferred
+# formula may know: sums over layers against sums, and all against those with pairs.
+
+# %%
+left_out = {
+    name: profile
+    for name, profile in studies.items()
+    if has_study(profile, "transfer.jsonl")
+}
+for name, profile in left_out.items():
+    for proxy, method in experiments.TRANSFERRED.items():
+        line = experiments.load_winner(profile, method, "transfer.jsonl")
+        print(f"{name:20} {proxy:22} {line['best']}")
+
+# %%
+comparisons = {}
+for name, profile in left_out.items():
+    entries, half = load_tables(profile), halves[name]
+    pairs = list(zip(experiments.TRANSFERRED, by_hand[name], strict=True))
+    ranks = {
+        proxy: score(
+            entries[proxy]["table"],
+            half.configs,
+            profile.choices,
+            aggregation=entries[proxy]["aggregation"],
+        )
+        for pair in pairs
+        for proxy in pair
+    }
+    rng = profile.rng("transferred against hand-made")
+    for proxy, rival in pairs:
+        comparisons[name, proxy, rival] = ranking.compare(
+            ranks[proxy], ranks[rival], half.top1, rng=rng
+        )
+
+# %%
+p_values = ranking.holm([one.p for one in comparisons.values()])
+transfer = pd.DataFrame(
+    [
+        {
+            "left out": name,
+            "transferred": proxy.removeprefix("transferred "),
+            "rho": found[name].loc[proxy, "rho100"],
+            "rival": rival,
+            "difference": one.difference,
+            "lo": one.lo,
+            "hi": one.hi,
+            "Holm p": p,
+            "n": one.n,
+        }
+        for ((name, proxy, rival), one), p in zip(
+            comparisons.items(), p_values, strict=True
+        )
+    ]
+)
+show_table(transfer, decimals=3)
+
+# %%
+if len(transfer):
+    worse = transfer[(transfer["hi"] < 0) & (transfer["Holm p"] < 0.05)]
+    display(
+        chapter.claim(
+            "transfer_worse",
+            "Of all comparisons, in {:.0f} the transferred formula is significantly worse than the best hand-made one.",
+            len(worse),
+            within=(0, len(transfer)),
+            n=len(transfer),
+        )
+    )
+
+# %%
+if len(transfer):
+    sums = transfer[transfer["transferred"] == "for rho"]
+    least = sums.loc[sums["difference"].idxmin()]
+    display(
+        chapter.claim(
+            "transfer_least",
+            f"The transferred sum over layers does least well on {least['left out']}, {{:+.3f}} against {least['rival']}.",
+            least["difference"],
+            within=(-0.5, 0.5),
+            interval=(least["lo"], least["hi"]),
+            n=int(least["n"]),
+        )
+    )
 
 # %% [markdown]
 # ## What we found

@@ -41,7 +41,8 @@ BINS, HALVES, PENALTY, FEW, ISLANDS, GENTLE, LONG = 5, 8, 0.002, 50, 5, 0.15, 3
 EVOLUTION, CONTROL, REFINED = "evolution", "random search", "refined"
 FOR_RHO, WITH_PAIRS = "refined, for rho", "refined, pairs of layers"
 INSIDE, RISING, RISING_INSIDE = "refined, inside sizes", "refined, for rho, rising", "refined, inside sizes, rising"
-ALLOCATED = (REFINED, FOR_RHO, INSIDE, RISING, RISING_INSIDE)  # methods that differ in fitness alone
+ALLOCATED = (REFINED, FOR_RHO, INSIDE, RISING, RISING_INSIDE)  # they differ in fitness alone; all allocate bits
+SEARCHED = "search"  # variant of what a single search found
 EVOLVED = {  # proxy -> its method
     "evolved": REFINED,
     "evolved for rho": FOR_RHO,
@@ -234,7 +235,7 @@ def _lines(profile: Profile, others: tuple[Profile, ...], run: Run, folder: str,
 
 
 def build_evolution(profile: Profile, *, workers: int | None = None, device: str = "cpu") -> None:
-    """Run every search; write ``evolution.jsonl`` and, what their formulas are worth, ``searches.csv``.
+    """Run every search; write ``evolution.jsonl``, and ``searches.csv`` by :func:`build_searches`.
 
     One JSON line per generation that improved the best formula of its run, and one for the last. Fitness reads the
     search half of the configurations and half A of the test images. Same profile, same bytes, whatever the number of
@@ -246,12 +247,7 @@ def build_evolution(profile: Profile, *, workers: int | None = None, device: str
         device: where formulas are evaluated; another one may round differently, so bytes are the same on one only.
     """
     _build(profile, runs(profile), (), "evolution.jsonl", workers, device)
-    started = time.perf_counter()
-    table = _worth(profile, load_evolution(profile))
-    with atomic_path(study_folder(profile) / "searches.csv") as path:
-        table.to_csv(path, index=False)
-    command = f"emq_lib.experiments.build_evolution on {profile.name}"
-    record(profile, "searches.csv", command=command, seconds=time.perf_counter() - started, rows=len(table))
+    build_searches(profile)
 
 
 def build_transfer(
@@ -350,8 +346,13 @@ def build_enumeration(profile: Profile) -> None:
     record(profile, "enumeration.jsonl", command=command, seconds=time.perf_counter() - started, rows=len(lines))
 
 
-def _worth(profile: Profile, log: Sequence[dict]) -> pd.DataFrame:
-    """Return one row per search: its best formula, and how that ranks the search and the held-out configurations."""
+def build_searches(profile: Profile) -> None:
+    """Write ``searches.csv``: one row per search of the log, what it did, and what its best formula is worth.
+
+    Fitness on the search half, and on the held-out half fitness, rho at 20, 50 and 100 %, and rho inside five bins of
+    similar size of the stratified sample.
+    """
+    started = time.perf_counter()
     bench, (problem,) = Bench.load(profile), load_problems(profile)
     _, heldout = bench.split()
     _, spread = bench.split("stratified")
@@ -359,7 +360,7 @@ def _worth(profile: Profile, log: Sequence[dict]) -> pd.DataFrame:
     fair = fair.inside_sizes(spread.table["size_bytes"].to_numpy(), BINS)
     rows = []
     for (method, structure, seed), lines in itertools.groupby(
-        log, key=lambda line: (line["method"], line["structure"], line["seed"])
+        load_evolution(profile), key=lambda line: (line["method"], line["structure"], line["seed"])
     ):
         last = list(lines)[-1]
         genotype = parse(last["best"])
@@ -368,6 +369,7 @@ def _worth(profile: Profile, log: Sequence[dict]) -> pd.DataFrame:
             score(table, part.configs, profile.choices, aggregation=genotype.aggregation)
             for part in (problem, heldout, spread)
         )
+        rho = ranking.fitness_terms(scores[None], heldout.top1, ranking.PERCENTS)[0]
         rows.append(
             {
                 "method": method,
@@ -379,14 +381,17 @@ def _worth(profile: Profile, log: Sequence[dict]) -> pd.DataFrame:
                 "duplicates": last["duplicates"],
                 "goal": last["fitness"],
                 "search_fitness": problem.fitness(searched),
-                "heldout_fitness": float(ranking.fitness_many(scores[None], heldout.top1)[0]),
-                "heldout_rho": float(ranking.fitness_many(scores[None], heldout.top1, (100,))[0]),
+                "heldout_fitness": float(rho.mean()),
+                **{f"heldout_rho{percent}": value for percent, value in zip(ranking.PERCENTS, rho, strict=True)},
                 "heldout_binned": fair.fitness(spread_scores),
                 "complexity": genotype.complexity,
                 "best": last["best"],
             }
         )
-    return pd.DataFrame(rows)
+    with atomic_path(study_folder(profile) / "searches.csv") as path:
+        pd.DataFrame(rows).to_csv(path, index=False)
+    command = f"emq_lib.experiments.build_searches on {profile.name}"
+    record(profile, "searches.csv", command=command, seconds=time.perf_counter() - started, rows=len(rows))
 
 
 def load_evolution(profile: Profile, filename: str = "evolution.jsonl") -> list[dict]:
@@ -403,7 +408,7 @@ def load_evolution(profile: Profile, filename: str = "evolution.jsonl") -> list[
 
 
 def load_searches(profile: Profile) -> pd.DataFrame:
-    """Return one row per search with its best formula, see :func:`build_evolution`."""
+    """Return one row per search with its best formula, see :func:`build_searches`."""
     return pd.read_csv(checked_path(profile, "searches.csv"))
 
 

@@ -15,7 +15,7 @@ from emq_lib import ranking
 from emq_lib.artefacts import atomic_path, checked_path, record, study_folder
 from emq_lib.bench import Bench, has_study
 from emq_lib.errors import MissingArtefactError
-from emq_lib.experiments import ALLOCATED, EVOLVED, TRANSFERRED, load_searches, load_winner
+from emq_lib.experiments import ALLOCATED, EVOLVED, SEARCHED, TRANSFERRED, load_searches, load_winner
 from emq_lib.layer_statistics import load_statistics
 from emq_lib.profiles import QUANTIZERS, Profile
 from emq_lib.proxies import is_table, load_proxies, score
@@ -61,7 +61,7 @@ def load_searched(profile: Profile) -> dict[str, dict]:
     searches = load_searches(profile)
     kept = searches[searches["method"].isin(ALLOCATED) & (searches["structure"] == "branched")]
     formulas = {f"{row.method}, {row.seed}": row.best for row in kept.itertuples()}
-    return _evaluated(profile, formulas, "search")
+    return _evaluated(profile, formulas, SEARCHED)
 
 
 def _evaluated(profile: Profile, formulas: Mapping[str, str], variant: str) -> dict[str, dict]:

@@ -16,6 +16,7 @@ from emq_lib.artefacts import atomic_path, checked_path, record, sole_writer, st
 from emq_lib.bench import Bench, bits_text
 from emq_lib.costs import CostTable, bops_cost, size_cost
 from emq_lib.datasets import ImageData
+from emq_lib.experiments import SEARCHED
 from emq_lib.measuring import PARTIAL, load_network, measure_resumably
 from emq_lib.profiles import Profile
 
@@ -129,5 +130,19 @@ def build_quantization(profile: Profile, data: ImageData, tables: Mapping[str, M
 
 
 def load_quantization(profile: Profile) -> pd.DataFrame:
-    """Return a study's table of chosen configurations with their measured accuracy; `bits` is text."""
-    return pd.read_csv(checked_path(profile, "quantization.csv"), dtype={"bits": str})
+    """Return what each method chose at each budget, with its measured accuracy; `bits` is text."""
+    table = _load(profile)
+    return table[table["variant"] != SEARCHED].reset_index(drop=True)
+
+
+def load_search_choices(profile: Profile) -> pd.DataFrame:
+    """Return what the formula of each search chose, as :func:`load_quantization`, with the search's method and seed."""
+    table = _load(profile)
+    table = table[table["variant"] == SEARCHED].reset_index(drop=True)
+    table[["method", "seed"]] = table["proxy"].str.rsplit(", ", n=1).to_list()
+    return table.astype({"seed": int})
+
+
+def _load(profile: Profile) -> pd.DataFrame:
+    table = pd.read_csv(checked_path(profile, "quantization.csv"), dtype={"bits": str})
+    return table.assign(half_b=100 * table["correct_b"] / table["n_b"])

@@ -62,7 +62,7 @@ def test_every_run_is_logged_with_its_control_and_its_worth(short, own_study):
     _, heldout = Bench.load(short).split()
     (problem,) = experiments.load_problems(short)
     scores = problem.evaluator.score(parse(row["best"]), heldout.configs)
-    assert row["heldout_rho"] == pytest.approx(ranking.spearman(scores, heldout.top1))
+    assert row["heldout_rho100"] == pytest.approx(ranking.spearman(scores, heldout.top1))
     assert row["heldout_fitness"] == pytest.approx(ranking.fitness(scores, heldout.top1))
     with pytest.raises(MissingArtefactError, match="has no run of 'islands'"):
         experiments.load_winner(short, "islands")
