@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import pandas as pd
 import torch
+from tqdm.auto import tqdm
 
 from emq_lib import ranking
 from emq_lib.artefacts import atomic_path, checked_path, record, sha256, study_folder, to_json
@@ -217,7 +219,7 @@ def search(
     return found
 
 
-def _lines(profile: Profile, others: tuple[Profile, ...], run: Run, folder: str, device: str) -> list[str]:
+def _lines(profile: Profile, others: tuple[Profile, ...], run: Run, *, folder: str, device: str) -> list[str]:
     """Search and return the log's lines; a run that was stopped goes on from its journal in the folder."""
     studies = others or (profile,)
     goal = METHODS[run.method].goal
@@ -281,19 +283,21 @@ def _build(
 ) -> None:
     started = time.perf_counter()
     folder = f".{filename}.resume"
-    tasks = (
-        itertools.repeat(profile),
-        itertools.repeat(others),
-        several,
-        itertools.repeat(folder),
-        itertools.repeat(device),
-    )
-    if workers == 1:
-        lines = list(map(_lines, *tasks))
-    else:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            lines = list(pool.map(_lines, *tasks))
+    work = functools.partial(_lines, profile, others, folder=folder, device=device)
+    with contextlib.ExitStack() as stack:
+        if workers == 1:
+            finished = map(work, several)
+        else:
+            context = multiprocessing.get_context("spawn")
+            pool = ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,))
+            finished = stack.enter_context(pool).map(work, several)
+        progress = stack.enter_context(tqdm(total=len(several), desc=profile.name, unit="search"))
+        lines = []
+        for run, found in zip(several, finished, strict=True):
+            lines.append(found)
+            best = max(map(json.loads, found), key=lambda line: line["fitness"])
+            progress.set_postfix_str(f"{run.name}: {best['fitness']:.3f} {best['best']}")
+            progress.update()
     with atomic_path(study_folder(profile) / filename) as path:
         path.write_text("\n".join(itertools.chain(*lines)) + "\n")
     command = f"emq_lib.experiments.build_{filename.removesuffix('.jsonl')} on {profile.name}"
