@@ -81,6 +81,7 @@ def allocate(
     choices: Sequence[int],
     *,
     layers: Sequence[str] | None = None,
+    groups: Sequence[Sequence[int]] = (),
     time_limit: float | None = None,
 ) -> Allocation:
     """Allocate bits: maximise the sum of the selected scores subject to an upper bound on any number of costs.
@@ -99,6 +100,7 @@ def allocate(
         budgets: name -> upper bound, in the unit of the cost of that name.
         choices: the B allowed widths, increasing.
         layers: names of the S searchable layers, for messages.
+        groups: slots that must share a width, e.g. the projections of one attention; each slot in one group at most.
         time_limit: seconds after which the best configuration so far is returned; None waits for the proof.
 
     Returns:
@@ -106,7 +108,8 @@ def allocate(
 
     Raises:
         InvalidScoreError: scores of the wrong shape, NaN or infinite; the message names the slot.
-        InvalidParameterError: a cost table of the wrong shape or not finite, a budget without a cost, a NaN budget.
+        InvalidParameterError: a cost table of the wrong shape or not finite, a budget without a cost, a NaN budget, a
+            slot in two groups or none.
         InfeasibleBudgetError: no configuration fits; the message gives the smallest reachable value of each cost.
         UnsolvedAllocationError: the solver stopped without any configuration.
 
@@ -116,6 +119,8 @@ def allocate(
     Allocation(bits=(3, 3), score=-5.0, costs={'bits': 6.0}, gap=0.0, optimal=True)
     """
     scores = _checked_scores(scores, choices, layers)
+    if groups:
+        return _allocate_groups(scores, costs, budgets, choices, groups=groups, time_limit=time_limit)
     problem = _normal_form(scores, costs, budgets, choices)
     start = _ascend(problem)
     if start is not None:
@@ -130,6 +135,95 @@ def allocate(
         raise InfeasibleBudgetError(_conflict(problem, costs, budgets))
     gap = max(0.0, problem.regret(selected) - bound)
     return _allocation(selected, scores, costs, choices, gap=gap, optimal=optimal)
+
+
+def _allocate_groups(
+    scores: np.ndarray,
+    costs: Mapping[str, CostTable],
+    budgets: Mapping[str, float],
+    choices: Sequence[int],
+    *,
+    groups: Sequence[Sequence[int]],
+    time_limit: float | None,
+) -> Allocation:
+    """Allocate with one row for each group: a shared width adds up the scores and the costs of its slots."""
+    slots = len(scores)
+    named = [slot for group in groups for slot in group]
+    if len(set(named)) < len(named) or not set(named) <= set(range(slots)):
+        raise InvalidParameterError(f"Groups must hold each of the slots 0 to {slots - 1} once at most; got {groups}.")
+    rows = [list(group) for group in groups] + [[slot] for slot in range(slots) if slot not in named]
+    _normal_form(scores, costs, budgets, choices)  # checks the tables before they are added up
+    merged = {
+        name: replace(cost, table=np.array([np.asarray(cost.table)[row].sum(axis=0) for row in rows]))
+        for name, cost in costs.items()
+    }
+    summed = np.array([scores[row].sum(axis=0) for row in rows])
+    found = allocate(summed, merged, budgets, choices, time_limit=time_limit)
+    bits = np.empty(slots, dtype=int)
+    for row, width in zip(rows, found.bits, strict=True):
+        bits[row] = width
+    return replace(found, bits=tuple(bits.tolist()))
+
+
+def shadow_prices(
+    scores: np.ndarray, costs: Mapping[str, CostTable], budgets: Mapping[str, float], choices: Sequence[int]
+) -> dict[str, float]:
+    """Return how much score one more unit of each budget is worth, from the relaxed program.
+
+    In the relaxation a slot may take a mixture of widths; the prices are the dual variables of its budgets (Dantzig
+    1963), zero for a budget that does not bind.
+
+    Args:
+        scores: shape (S, B); higher is better.
+        costs: name -> cost table of shape (S, B).
+        budgets: name -> upper bound.
+        choices: the B allowed widths, increasing.
+
+    Returns:
+        name -> score per unit of the cost, not negative.
+
+    Raises:
+        As :func:`allocate`.
+
+    >>> scores = np.array([[-9.0, -3.0], [-5.0, -2.0]])
+    >>> bits = CostTable("bits", "bits", fixed=0.0, table=np.array([[2.0, 3.0], [2.0, 3.0]]))
+    >>> round(shadow_prices(scores, {"bits": bits}, {"bits": 5.5}, choices=(2, 3))["bits"], 6)
+    3.0
+    """
+    found = relaxation(_checked_scores(scores, choices, None), costs, budgets, choices)
+    return dict(zip(budgets, (-found.ineqlin.marginals).tolist(), strict=True))
+
+
+def relaxation(
+    scores: np.ndarray, costs: Mapping[str, CostTable], budgets: Mapping[str, float], choices: Sequence[int]
+) -> optimize.OptimizeResult:
+    """Solve the program with mixtures of widths; `x` holds the shares, S x B of them, `fun` minus the score.
+
+    Raises:
+        InvalidParameterError, InfeasibleBudgetError: as :func:`allocate`.
+    """
+    problem = _normal_form(scores, costs, budgets, choices)
+    slots, widths = scores.shape
+    rows = np.array([costs[name].table.ravel() for name in budgets], dtype=np.float64).reshape(len(budgets), -1)
+    limits = np.array([budgets[name] - costs[name].fixed for name in budgets], dtype=np.float64)
+    one_per_slot = sparse.kron(sparse.eye_array(slots), np.ones((1, widths)))
+    unit = np.maximum(np.abs(rows).max(axis=1, initial=0.0), 1.0)  # rows of like size for the solver
+    height = np.abs(scores).max() or 1.0
+    with _silenced():
+        found = optimize.linprog(
+            -scores.ravel() / height,
+            A_ub=rows / unit[:, None] if len(rows) else None,
+            b_ub=limits / unit if len(rows) else None,
+            A_eq=one_per_slot,
+            b_eq=np.ones(slots),
+            bounds=(0, 1),
+            method="highs",
+        )
+    if found.x is None:
+        raise InfeasibleBudgetError(_conflict(problem, costs, budgets))
+    found.fun *= height
+    found.ineqlin.marginals = found.ineqlin.marginals * height / unit
+    return found
 
 
 def allocate_greedy(

@@ -6,12 +6,13 @@ Explained in chapters 04 and 05.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 
 from emq_lib.allocation import allocate, budget_for_average_bits
+from emq_lib.approximate import random_within
 from emq_lib.artefacts import atomic_path, checked_path, record, sole_writer, study_folder
 from emq_lib.bench import Bench, bits_text
 from emq_lib.costs import CostTable, bops_cost, size_cost
@@ -23,27 +24,6 @@ from emq_lib.profiles import Profile
 FRONT = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75)
 FRONT_METHODS = ("bit sum", "HAWQ-V2", "sqrt one-layer KL", "evolved", "evolved for rho", "evolved for allocation")
 RANDOM_DRAWS = 5
-
-
-def random_within(
-    cost: CostTable, budget: float, choices: Sequence[int], *, rng: np.random.Generator
-) -> tuple[int, ...]:
-    """Draw a random configuration that uses a budget up: from the smallest one, raise random layers while they fit.
-
-    Args:
-        cost: table of shape (S, B).
-        budget: its upper bound, at least the smallest reachable cost.
-        choices: the B allowed widths.
-        rng: source of randomness.
-    """
-    selected = np.zeros(len(cost.table), dtype=int)
-    left = budget - cost.smallest
-    for slot in rng.permutation(np.repeat(np.arange(len(selected)), len(choices) - 1)):
-        step = cost.table[slot, selected[slot] + 1] - cost.table[slot, selected[slot]]
-        if step <= left:
-            selected[slot] += 1
-            left -= step
-    return tuple(int(choices[index]) for index in selected)
 
 
 def choose_configurations(profile: Profile, tables: Mapping[str, Mapping], size: CostTable) -> pd.DataFrame:

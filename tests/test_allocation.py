@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emq_lib.allocation import Allocation, allocate, allocate_greedy, budget_for_average_bits, pareto_front
+from emq_lib.allocation import (
+    Allocation,
+    allocate,
+    allocate_greedy,
+    budget_for_average_bits,
+    pareto_front,
+    relaxation,
+    shadow_prices,
+)
 from emq_lib.costs import CostTable, gather
 from emq_lib.errors import InfeasibleBudgetError, InvalidParameterError, InvalidScoreError, UnsolvedAllocationError
 
@@ -303,3 +311,39 @@ def test_networks_of_real_size_are_solved_to_proven_optimality(slots, choices, r
         assert allocation.gap <= 1e-9 * abs(allocation.score)
         assert all(allocation.costs[name] <= budgets[name] for name in budgets)
     record_property("median_seconds", float(np.median(seconds)))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_slots_of_a_group_share_their_width_and_nothing_better_does(seed):
+    scores, costs, budgets = random_problem(seed, 7)
+    groups = [(0, 3), (2, 5, 6)]
+    found = allocate(scores, costs, budgets, CHOICES, groups=groups)
+    configs = all_configs(7)
+    fits = np.ones(len(configs), dtype=bool)
+    for group in groups:
+        fits &= (configs[:, list(group)] == configs[:, [group[0]]]).all(axis=1)
+    for name, budget in budgets.items():
+        fits &= costs[name].total(configs, CHOICES) <= budget
+    assert tuple(found.bits) in set(map(tuple, configs[fits].tolist()))
+    assert found.score == pytest.approx(gather(scores, configs[fits], CHOICES).max(), rel=1e-12)
+    assert found.costs == {name: pytest.approx(cost.total([found.bits], CHOICES)[0]) for name, cost in costs.items()}
+
+
+@pytest.mark.parametrize("groups", [[(0, 1), (1, 2)], [(0, 9)]])
+def test_groups_that_overlap_or_name_no_slot_are_refused(groups):
+    scores, costs, budgets = random_problem(0, 5)
+    with pytest.raises(InvalidParameterError, match="once at most"):
+        allocate(scores, costs, budgets, CHOICES, groups=groups)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_shadow_price_is_what_a_little_more_budget_brings(seed):
+    scores, costs, budgets = random_problem(seed, 12)
+    prices = shadow_prices(scores, costs, budgets, CHOICES)
+    before = -relaxation(scores, costs, budgets, CHOICES).fun
+    for name, price in prices.items():
+        more = budgets | {name: budgets[name] * (1 + 1e-7)}
+        gained = -relaxation(scores, costs, more, CHOICES).fun - before
+        assert gained == pytest.approx(price * budgets[name] * 1e-7, rel=1e-3, abs=1e-12)
+    assert any(price > 0 for price in prices.values())
+    assert before >= allocate(scores, costs, budgets, CHOICES).score - 1e-12
