@@ -1084,8 +1084,8 @@ left_out = {
     if has_study(profile, "transfer.jsonl")
 }
 for name, profile in left_out.items():
-    for proxy, method in experiments.TRANSFERRED.items():
-        line = experiments.load_winner(profile, method, "transfer.jsonl")
+    for proxy in experiments.TRANSFERRED:
+        line = experiments.load_winner(profile, proxy, "transfer.jsonl")
         print(f"{name:20} {proxy:22} {line['best']}")
 
 # %%

@@ -51,7 +51,6 @@ EVOLVED = {  # proxy -> its method
     "evolved for allocation": RISING_INSIDE,
     "evolved with pairs": WITH_PAIRS,
 }
-TRANSFERRED = {"transferred for rho": FOR_RHO, "transferred with pairs": WITH_PAIRS}  # the same, on the other studies
 
 
 @dataclass(frozen=True)
@@ -109,6 +108,10 @@ METHODS: dict[str, Method] = {
     RISING: Method(goal="rho", rising=True, genes=GENTLE, known=True, times=LONG),
     RISING_INSIDE: Method(goal="sizes", rising=True, genes=GENTLE, known=True, times=LONG),
 }
+TRANSFERRED: dict[str, Method] = {  # proxies of a study that evolve on the others together
+    "transferred for rho": Method(goal="rho", genes=GENTLE, known=True),
+    "transferred with pairs": Method(separable=False, genes=GENTLE, known=True),
+}
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,11 @@ class Run:
     method: str
     structure: str
     seed: int
+
+    @property
+    def how(self) -> Method:
+        """The method of that name."""
+        return (METHODS | TRANSFERRED)[self.method]
 
     @property
     def name(self) -> str:
@@ -184,7 +192,7 @@ def search(
 
     A run of plain evolution brings its control: random search with as many fitness evaluations.
     """
-    method = METHODS[run.method]
+    method = run.how
     space, rng = make_space(method, run.structure), profile.rng(run.name)
     judge = make_judge(problems, method, journal)
     budget = replace(profile.evolution, iterations=method.times * profile.evolution.iterations)
@@ -222,8 +230,7 @@ def search(
 def _lines(profile: Profile, others: tuple[Profile, ...], run: Run, *, folder: str, device: str) -> list[str]:
     """Search and return the log's lines; a run that was stopped goes on from its journal in the folder."""
     studies = others or (profile,)
-    goal = METHODS[run.method].goal
-    problems = [problem for study in studies for problem in load_problems(study, goal, device=device)]
+    problems = [problem for study in studies for problem in load_problems(study, run.how.goal, device=device)]
     depends = {"run": run.name, "budget": asdict(profile.evolution)}
     depends |= {
         f"{study.name}/{file}": sha256(study_folder(study) / file)
@@ -269,7 +276,7 @@ def build_transfer(
     if profile.name in [other.name for other in others]:
         raise InvalidParameterError(f"{profile.name} is to be left out, so it cannot be among the others.")
     seeds = range(profile.evolution.seeds)
-    several = [Run(method, "branched", seed) for method in TRANSFERRED.values() for seed in seeds]
+    several = [Run(method, "branched", seed) for method in TRANSFERRED for seed in seeds]
     _build(profile, several, tuple(others), "transfer.jsonl", workers, device)
 
 

@@ -38,8 +38,11 @@ def load_tables(profile: Profile) -> dict[str, dict]:
         name: entry | {"aggregation": "sum", "separable": is_table(entry["table"], profile.choices)}
         for name, entry in load_proxies(profile)[1].items()
     }
-    searched = (("evolved", EVOLVED, "evolution.jsonl"), ("transferred", TRANSFERRED, "transfer.jsonl"))
-    for variant, methods, filename in searched:
+    own, others = EVOLVED, {name: name for name in TRANSFERRED}
+    for variant, methods, filename in (
+        ("evolved", own, "evolution.jsonl"),
+        ("transferred", others, "transfer.jsonl"),
+    ):
         if has_study(profile, filename):
             winners = {name: load_winner(profile, method, filename)["best"] for name, method in methods.items()}
             tables |= _evaluated(profile, winners, variant)

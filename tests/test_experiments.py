@@ -88,7 +88,7 @@ def test_other_studies_are_evolved_on_together(short, own_study, profile):
     twin = dataclasses.replace(short, name="twin")
     shutil.copytree(own_study, own_study.parent / "twin")
     experiments.build_transfer(short, [twin], workers=1)
-    winner = experiments.load_winner(short, experiments.FOR_RHO, filename="transfer.jsonl")
+    winner = experiments.load_winner(short, "transferred for rho", filename="transfer.jsonl")
     (problem,) = experiments.load_problems(twin, "rho")
     scores = problem.evaluator.score(parse(winner["best"]), problem.configs)
     assert winner["fitness"] == pytest.approx(problem.fitness(scores))
