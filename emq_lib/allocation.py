@@ -26,6 +26,7 @@ _INFEASIBLE = 2  # status of scipy.optimize.milp
 _MAGNITUDE = 1_000.0  # of the largest objective entry and of every limit; the solver's tolerances are absolute, 1e-6
 _MAX_CUTS = 20
 _TIGHTENING = 1e-6  # of every limit: far beyond the solver's tolerance
+_PRICE_FACTORS = (1.0, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0)  # dearer and dearer, until a solution fits
 _SMALLEST_SHARE = 1e-12  # of a remaining budget; a step that costs less counts as this
 
 
@@ -88,8 +89,8 @@ def allocate(
 
     max sum_s T[s, b_s]  subject to  fixed_k + sum_s C_k[s, b_s] <= budget_k for every budget k, solved to proven
     optimality by HiGHS. Only differences within a slot matter, so each row of scores and costs is shifted to start at
-    zero; entries that no solution within the budgets, or none as good as the greedy one, can hold are left out; then
-    the objective is scaled by its largest entry and each row by its limit, which keeps the solver's absolute tolerances
+    zero; entries that no solution within the budgets, or none as good as a known one, can hold are left out; then the
+    objective is scaled by its largest entry and each row by its limit, which keeps the solver's absolute tolerances
     meaningful for scores and costs of any magnitude. A solution that only the solver's tolerance let pass is forbidden
     and the program solved again: what is returned keeps the budgets exactly (for costs in whole units below 2^53; for
     others up to the rounding of the float64 sum).
@@ -124,7 +125,7 @@ def allocate(
     problem = _normal_form(scores, costs, budgets, choices)
     start = _ascend(problem)
     if start is not None:
-        problem = replace(problem, allowed=problem.allowed & (problem.regrets <= problem.regret(start)))
+        problem, start = _core(problem, start)
     selected, bound, optimal = _solve(problem, start, time_limit)
     if selected is None and not optimal:
         raise UnsolvedAllocationError(
@@ -368,11 +369,12 @@ def _rounding(cost: CostTable, budget: float) -> float:
     return float((len(cost.table) + 1) * np.finfo(np.float64).eps * magnitude)
 
 
-def _ascend(problem: _Problem) -> np.ndarray | None:
-    """Return the greedy choice indices, or None if even the cheapest configuration is over a budget."""
+def _ascend(problem: _Problem, selected: np.ndarray | None = None) -> np.ndarray | None:
+    """Return greedy choice indices from a start, by default the cheapest; None if that is over a budget already."""
     slots = np.arange(len(problem.regrets))
-    shares = problem.excesses / np.where(problem.slacks > 0, problem.slacks, 1.0)[:, None, None]
-    selected = shares.sum(axis=0).argmin(axis=1)
+    if selected is None:
+        shares = problem.excesses / np.where(problem.slacks > 0, problem.slacks, 1.0)[:, None, None]
+        selected = shares.sum(axis=0).argmin(axis=1)
     if not problem.fits(selected):
         return None
     while True:
@@ -387,6 +389,46 @@ def _ascend(problem: _Problem) -> np.ndarray | None:
         rate = gain / np.maximum(share, _SMALLEST_SHARE)
         step = int(np.where(possible, rate, -np.inf).argmax())
         selected = np.where(slots == step, higher, selected)
+
+
+def _core(problem: _Problem, start: np.ndarray) -> tuple[_Problem, np.ndarray]:
+    """Leave out the entries that no solution as good as a known one can hold; return that one too.
+
+    With prices p >= 0 on the budgets no solution has less regret than L = sum_s min_b (r + p e)[s, b] - p slack, and
+    none that holds an entry less than L plus that entry's lead over its slot's minimum (Lagrangian bounds; Fisher
+    1981). The prices are those of the relaxed program; the bounds hold for any.
+    """
+    if problem.regret(start) == 0 or not len(problem.slacks):
+        return problem, start
+    prices = _prices(problem)
+    for factor in _PRICE_FACTORS:
+        priced = problem.regrets + np.tensordot(factor * prices, problem.excesses, axes=1)
+        other = _ascend(problem, np.where(problem.allowed, priced, np.inf).argmin(axis=1))
+        if other is not None and problem.regret(other) < problem.regret(start):
+            start = other
+    priced = np.where(problem.allowed, problem.regrets + np.tensordot(prices, problem.excesses, axes=1), np.inf)
+    least = priced.min(axis=1, keepdims=True)
+    bounds = least.sum() - prices @ problem.slacks + priced - least
+    rounding = 1e-9 * np.abs(problem.regrets).max()
+    return replace(problem, allowed=problem.allowed & (bounds <= problem.regret(start) + rounding)), start
+
+
+def _prices(problem: _Problem) -> np.ndarray:
+    """Return the regret that one more unit of each slack would save in the relaxed program, at least 0."""
+    slots, columns = np.nonzero(problem.allowed)
+    height = problem.regrets[slots, columns].max() or 1.0
+    unit = np.where(problem.slacks > 0, problem.slacks, 1.0)
+    with _silenced():
+        found = optimize.linprog(
+            problem.regrets[slots, columns] / height,
+            A_ub=problem.excesses[:, slots, columns] / unit[:, None],
+            b_ub=problem.slacks / unit,
+            A_eq=sparse.csr_array((np.ones(len(slots)), (slots, np.arange(len(slots))))),
+            b_eq=np.ones(len(problem.regrets)),
+            bounds=(0, None),
+            method="highs",
+        )
+    return np.zeros(len(unit)) if found.x is None else np.maximum(-found.ineqlin.marginals, 0.0) * height / unit
 
 
 def _solve(
