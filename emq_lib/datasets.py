@@ -64,6 +64,29 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """Network inputs that are at hand as they are; used like a :class:`Split`, but without labels.
+
+    Attributes:
+        tensor: float32, shape (N, C, H, W).
+    """
+
+    tensor: torch.Tensor
+
+    def __len__(self) -> int:
+        """Return the number of inputs."""
+        return len(self.tensor)
+
+    def __getitem__(self, index: slice | torch.Tensor) -> Inputs:
+        """Return those that a slice or an index tensor selects."""
+        return Inputs(self.tensor[index])
+
+    def inputs(self) -> torch.Tensor:
+        """Return the tensor."""
+        return self.tensor
+
+
+@dataclass(frozen=True)
 class ImageData:
     """The fixed splits of a study; `calibration` is a part of `train`, `digest` identifies the images."""
 

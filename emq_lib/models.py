@@ -230,11 +230,33 @@ def fold_batchnorm(model: nn.Module) -> torch.fx.GraphModule:
 
 
 def layer_table(model: nn.Module, profile: Profile) -> pd.DataFrame:
-    """Return one row per quantizable layer in forward order.
+    """Return one row per quantizable layer of a study's network: see :func:`describe_layers`.
 
     Args:
         model: the network, batch norm folded (so that biases are what the packed file holds).
-        profile: gives the input shape and the pinned layers.
+        profile: gives the input shape, the pinned and the tied layers.
+
+    Raises:
+        UnsupportedModelError: see :func:`describe_layers`; the message names the profile.
+    """
+    reference = next(model.parameters())
+    example = torch.zeros(1, *INPUT_SHAPES[profile.dataset], device=reference.device)
+    try:
+        return describe_layers(model, example, pinned=dict(profile.pinned), tied=dict(profile.tied))
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"profile {profile.name!r}: {error}") from error
+
+
+def describe_layers(
+    model: nn.Module, example: torch.Tensor, *, pinned: Mapping[str, int], tied: Mapping[str, str]
+) -> pd.DataFrame:
+    """Return one row per convolution and linear layer in forward order.
+
+    Args:
+        model: the network.
+        example: an input of one image, shape (1, C, H, W).
+        pinned: layer name -> bits, of the layers outside the search.
+        tied: layer name -> layer that it takes its bits from.
 
     Returns:
         Columns name, kind ("Conv2d" or "Linear"), shape (text), parameters (weights), channels (outputs), biases, macs
@@ -260,9 +282,8 @@ def layer_table(model: nn.Module, profile: Profile) -> pd.DataFrame:
         if isinstance(module, (nn.Conv2d, nn.Linear))
     ]
     try:
-        reference = next(model.parameters())
         with torch.inference_mode():
-            model.eval()(torch.zeros(1, *INPUT_SHAPES[profile.dataset], device=reference.device))
+            model.eval()(example)
     finally:
         for handle in handles:
             handle.remove()
@@ -273,15 +294,12 @@ def layer_table(model: nn.Module, profile: Profile) -> pd.DataFrame:
     weights = [module.weight for _, module, _ in calls]
     if shared := [name for name, weight in zip(names, weights, strict=True) if sum(weight is w for w in weights) > 1]:
         raise UnsupportedModelError(f"Layers {shared} share one weight; give each its own.")
-    pinned, tied = dict(profile.pinned), dict(profile.tied)
     if unknown := sorted({*pinned, *tied, *tied.values()} - set(names)):
-        raise UnsupportedModelError(
-            f"profile {profile.name!r} pins or ties {unknown}, but the network has the layers {names}."
-        )
+        raise UnsupportedModelError(f"{unknown} are to be pinned or tied, but the network has the layers {names}.")
     free = [name for name in names if name not in pinned and name not in tied]
     slots = {name: slot for slot, name in enumerate(free)}
     if homeless := sorted(set(tied.values()) - set(free)):
-        raise UnsupportedModelError(f"profile {profile.name!r} ties layers to {homeless}, which have no bits to share.")
+        raise UnsupportedModelError(f"Layers are tied to {homeless}, which have no bits to share.")
     slots |= {name: slots[target] for name, target in tied.items()}
     rows = []
     for name, module, macs in calls:
@@ -299,7 +317,8 @@ def layer_table(model: nn.Module, profile: Profile) -> pd.DataFrame:
                 "pinned_bits": pinned.get(name, 0),
             }
         )
-    return pd.DataFrame(rows)
+    columns = ["name", "kind", "shape", "parameters", "channels", "biases", "macs", "searchable", "slot", "pinned_bits"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 _LINEAR_MODULES = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.Identity, nn.Flatten, nn.Dropout)

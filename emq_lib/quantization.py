@@ -1,29 +1,128 @@
-"""The last stage: allocate bits by every score table, quantize, and measure what the choices buy.
+"""The last stage: quantize any network by a plan; allocate bits by every score table, and measure what they buy.
 
 Explained in chapters 04 and 05.
 """
 
 from __future__ import annotations
 
+import copy
 import time
+import warnings
 from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import nn
 
 from emq_lib.allocation import allocate, budget_for_average_bits
 from emq_lib.approximate import random_within
 from emq_lib.artefacts import atomic_path, checked_path, record, sole_writer, study_folder
 from emq_lib.bench import Bench, bits_text
+from emq_lib.block_reconstruction import reconstruct_in_order
 from emq_lib.costs import CostTable, bops_cost, size_cost
-from emq_lib.datasets import ImageData
+from emq_lib.datasets import ImageData, Inputs, Split
+from emq_lib.errors import InvalidParameterError, UnsupportedModelError
 from emq_lib.experiments import SEARCHED
 from emq_lib.measuring import PARTIAL, load_network, measure_resumably
+from emq_lib.models import fold_batchnorm
+from emq_lib.planning import plan_bits
 from emq_lib.profiles import Profile
+from emq_lib.quantizers import QuantizedNetwork, WeightBank, choose_activation_ranges, quantize
+from emq_lib.reconstruction import adaround, second_moments
 
+METHODS = ("rtn", "adaround", "brecq")
 FRONT = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75)
 FRONT_METHODS = ("bit sum", "HAWQ-V2", "sqrt one-layer KL", "evolved", "evolved for rho", "evolved for allocation")
 RANDOM_DRAWS = 5
+
+
+def quantize_model(
+    model: nn.Module,
+    calibration: torch.Tensor | Split,
+    *,
+    bits: Mapping[str, int] | None = None,
+    default: int = 3,
+    ends: int | None = 8,
+    activation_bits: int = 8,
+    method: str = "rtn",
+    seed: int = 0,
+    verbose: bool = True,
+) -> QuantizedNetwork:
+    """Quantize any network of convolutions and linear layers; the plan is printed before it runs.
+
+    Args:
+        model: the float network, which `torch.fx` can trace; it stays as it is.
+        calibration: images for the ranges of activations and for learned rounding: float inputs of shape (N, C, H, W)
+            as the network takes them, or a split.
+        bits: pattern over layer names -> width, see :func:`emq_lib.planning.plan_bits`.
+        default: width of the other layers.
+        ends: width of the first and the last layer where no pattern matches them; None: like the others.
+        activation_bits: width of every quantized layer's input.
+        method: "rtn": to nearest, with range search. "adaround": each layer's directions of rounding learned on float
+            inputs. "brecq": block after block, on the inputs that the quantized blocks before give.
+        seed: of the batches of "brecq".
+        verbose: print the plan.
+
+    Returns:
+        The quantized network, in evaluation mode. Layers that cannot be quantized stay in floating point; the plan
+        names them, and so does a warning.
+
+    Raises:
+        InvalidParameterError: an unknown method, patterns that match nothing or twice, calibration images of the wrong
+            shape or with NaN.
+        InvalidBitsError: a width outside 1 to 8.
+        UnsupportedModelError: the network cannot be traced, or runs a layer twice.
+    """
+    if method not in METHODS:
+        raise InvalidParameterError(f"unknown method {method!r}; there are {', '.join(METHODS)}.")
+    images = calibration if isinstance(calibration, Split) else Inputs(calibration)
+    folded = _traced(model)
+    example = _example(folded, images)
+    plan = plan_bits(folded, example, bits=bits, default=default, ends=ends, activation_bits=activation_bits)
+    if verbose:
+        print(plan)
+    if plan.kept:
+        warnings.warn(f"left in floating point: {', '.join(name for name, _ in plan.kept)}", stacklevel=2)
+    layers = plan.layers.assign(searchable=True, slot=range(len(plan.layers)))
+    ranges = choose_activation_ranges(folded, layers, images, bits=activation_bits)
+    config = tuple(plan.bits.values())
+    if method == "brecq":
+        generator = torch.Generator().manual_seed(seed)
+        return reconstruct_in_order(folded, layers, config, images, ranges, generator=generator)
+    original = {name: folded.get_submodule(name).weight for name in plan.bits}
+    if method == "rtn":
+        weights = {(name, width): quantize(original[name], width) for name, width in plan.bits.items()}
+    else:
+        moments = second_moments(folded, list(plan.bits), images)
+        weights = {(name, width): adaround(original[name], width, moments[name]) for name, width in plan.bits.items()}
+    bank = WeightBank(tuple(sorted(set(config))), tuple(plan.bits), tuple(range(len(config))), (), weights)
+    return QuantizedNetwork(folded, bank, ranges).select(config)
+
+
+def _traced(model: nn.Module) -> torch.fx.GraphModule:
+    """Return a folded copy."""
+    try:
+        return fold_batchnorm(copy.deepcopy(model))
+    except (torch.fx.proxy.TraceError, TypeError) as error:
+        raise UnsupportedModelError(
+            f"torch.fx cannot trace the network ({error}). Control flow that depends on values has to go."
+        ) from error
+
+
+def _example(folded: nn.Module, images: Split | Inputs) -> torch.Tensor:
+    """Return one input after checking that all are finite and that the network takes them."""
+    if not len(images) or not torch.isfinite(images.inputs()).all():
+        raise InvalidParameterError("The calibration images must be one or more, and hold no NaN or infinity.")
+    example = images[:1].inputs()
+    try:
+        with torch.inference_mode():
+            folded(example)
+    except RuntimeError as error:
+        raise InvalidParameterError(
+            f"The network does not take calibration images of shape {tuple(example.shape[1:])} ({error})."
+        ) from error
+    return example
 
 
 def choose_configurations(profile: Profile, tables: Mapping[str, Mapping], size: CostTable) -> pd.DataFrame:

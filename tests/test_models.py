@@ -114,7 +114,7 @@ def test_tied_layers_follow_their_blocks_second_convolution():
 
 
 def test_a_tie_to_a_pinned_layer_is_refused(resnet20):
-    with pytest.raises(UnsupportedModelError, match=r"ties layers to \['conv1'\]"):
+    with pytest.raises(UnsupportedModelError, match=r"tied to \['conv1'\]"):
         models.layer_table(resnet20, dataclasses.replace(RESNET20, tied=(("layer1.0.conv1", "conv1"),)))
 
 
@@ -144,7 +144,7 @@ def test_a_layer_that_runs_twice_is_named():
 
 
 def test_an_unknown_pinned_layer_is_named(resnet20):
-    with pytest.raises(UnsupportedModelError, match=r"pins or ties \['stem'\]"):
+    with pytest.raises(UnsupportedModelError, match=r"profile 'cifar10-resnet20': \['stem'\] are to be pinned"):
         models.layer_table(resnet20, dataclasses.replace(RESNET20, pinned=(("stem", 8),)))
 
 

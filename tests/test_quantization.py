@@ -1,12 +1,80 @@
-"""Choosing configurations: allocated ones keep their budgets, and every method is named."""
+"""Any network quantized by a plan, and configurations chosen within budgets."""
+
+import copy
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
-from emq_lib import bench, quantization
+from emq_lib import bench, models, quantization
+from emq_lib.artefacts import checked_path
 from emq_lib.costs import size_cost
+from emq_lib.errors import InvalidParameterError, UnsupportedModelError
 from emq_lib.layer_statistics import load_statistics
+from emq_lib.measuring import load_network
 from emq_lib.proxies import score_table
+
+
+@pytest.fixture
+def model(study, profile):
+    return models.load_checkpoint(profile, checked_path(profile, "model.safetensors"))
+
+
+def test_to_nearest_is_what_the_bench_measures(model, data, profile):
+    network, layers = load_network(profile, data)
+    config = (4, 3, 2, 3, 4, 2)
+    names = list(layers.loc[layers["searchable"], "name"])
+    found = quantization.quantize_model(
+        model.train(), data.calibration, bits=dict(zip(names, config, strict=True)), verbose=False
+    )
+    assert model.training
+    assert torch.equal(models.predict(found, data.test), models.predict(network.select(config), data.test))
+
+
+def test_learned_rounding_changes_logits_less_than_rounding_to_nearest(model, data):
+    before = copy.deepcopy(model.state_dict())
+    exact = models.predict(model.eval(), data.test)
+    lost = {}
+    for method in quantization.METHODS:
+        found = quantization.quantize_model(model, data.calibration, default=2, method=method, verbose=False)
+        lost[method] = (models.predict(found, data.test) - exact).square().mean().item()
+    assert lost["brecq"] < lost["adaround"] < lost["rtn"]
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_the_plan_is_printed_and_other_layers_stay_in_floating_point(capsys):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 4, 3), nn.Flatten(), nn.Linear(4 * 8 * 8, 2))
+    images = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match="left in floating point: 1"):
+        found = quantization.quantize_model(network, images, bits={"0": 8})
+    assert "left in floating point: 1 (ConvTranspose2d" in capsys.readouterr().out
+    assert isinstance(found.model.get_submodule("1"), nn.ConvTranspose2d)
+    exact = network.eval()(images)
+    assert (found(images) - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.fc(x) if x.sum() > 0 else -self.fc(x)
+
+
+def test_what_cannot_be_done_is_named(model, data):
+    images = data.calibration.inputs()
+    spoilt = images.clone()
+    spoilt[3, 0, 0, 0] = torch.nan
+    with pytest.raises(InvalidParameterError, match="unknown method 'gptq'"):
+        quantization.quantize_model(model, images, method="gptq")
+    with pytest.raises(InvalidParameterError, match="hold no NaN"):
+        quantization.quantize_model(model, spoilt)
+    with pytest.raises(InvalidParameterError, match=r"does not take calibration images of shape \(3, 16, 16\)"):
+        quantization.quantize_model(model, images.expand(-1, 3, -1, -1))
+    with pytest.raises(UnsupportedModelError, match="cannot trace"):
+        quantization.quantize_model(Branching(), torch.ones(2, 4))
 
 
 @pytest.fixture

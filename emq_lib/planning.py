@@ -1,0 +1,123 @@
+"""Which layer of a network gets how many bits: patterns over layer names, checked and shown before anything runs.
+
+Explained in chapter 05.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import nn
+
+from emq_lib.costs import weight_bytes
+from emq_lib.errors import InvalidBitsError, InvalidParameterError, UnsupportedModelError
+from emq_lib.models import describe_layers
+
+_PASSIVE = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done to each layer.
+
+    Attributes:
+        layers: columns name, kind, parameters, bits, rule (the pattern that gave them, "ends" or "default").
+        kept: (name, reason) of what stays in floating point.
+        activation_bits: width of every quantized layer's input.
+    """
+
+    layers: pd.DataFrame
+    kept: tuple[tuple[str, str], ...]
+    activation_bits: int
+
+    @property
+    def bits(self) -> dict[str, int]:
+        """Layer name -> bits, in forward order."""
+        return dict(zip(self.layers["name"], self.layers["bits"].tolist(), strict=True))
+
+    def __str__(self) -> str:
+        """Return the plan as a table, the total size, and what stays in floating point."""
+        table = self.layers[["name", "kind", "parameters", "bits", "rule"]].to_string(index=False)
+        packed = sum(weight_bytes(row.parameters, row.bits) for row in self.layers.itertuples())
+        exact = 4 * int(self.layers["parameters"].sum())
+        lines = [table, f"weights: {packed:,} bytes packed, {exact:,} in floating point"]
+        lines += [f"inputs of these layers: {self.activation_bits} bits"]
+        return "\n".join(lines + [f"left in floating point: {name} ({reason})" for name, reason in self.kept])
+
+
+def plan_bits(
+    model: nn.Module,
+    example: torch.Tensor,
+    *,
+    bits: Mapping[str, int] | None = None,
+    default: int = 3,
+    ends: int | None = 8,
+    activation_bits: int = 8,
+) -> Plan:
+    """Plan a network's bits by patterns over the names of its layers.
+
+    Args:
+        model: any network whose convolutions and linear layers run once in a pass.
+        example: an input of one image, shape (1, C, H, W).
+        bits: pattern (``*``, ``?`` and ``[...]`` as in file names) -> width. A layer may match one pattern only.
+        default: width of layers that no pattern matches.
+        ends: width of the first and the last layer where no pattern matches them; None: they are like the others.
+        activation_bits: width of every quantized layer's input.
+
+    Returns:
+        The plan. Layers of other kinds stay in floating point, and the plan names them.
+
+    Raises:
+        InvalidBitsError: a width outside 1 to 8.
+        InvalidParameterError: a pattern that matches no layer, or a layer that two patterns match; both are named.
+        UnsupportedModelError: nothing to quantize, or see :func:`emq_lib.models.describe_layers`.
+
+    >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 2))
+    >>> plan_bits(network, torch.zeros(1, 4), bits={"2": 4}).bits
+    {'0': 8, '2': 4, '3': 8}
+    """
+    patterns = dict(bits or {})
+    for name, width in {**patterns, "default": default, "ends": ends or 8, "activation_bits": activation_bits}.items():
+        if not (isinstance(width, int) and 1 <= width <= 8):
+            raise InvalidBitsError(f"{name}: bit widths are whole numbers from 1 to 8, got {width!r}.")
+    training = {module: module.training for module in model.modules()}
+    try:
+        table = describe_layers(model, example, pinned={}, tied={})
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    kept = _kept(model, set(table["name"]))
+    table = table[~table["name"].isin(kept)].reset_index(drop=True)
+    if table.empty:
+        raise UnsupportedModelError("The network has no convolution or linear layer that can be quantized.")
+    names = list(table["name"])
+    matches = {name: [pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)] for name in names}
+    if idle := [pattern for pattern in patterns if not any(pattern in found for found in matches.values())]:
+        raise InvalidParameterError(f"Patterns that match no layer: {idle}. The layers are {names}.")
+    if twice := {name: found for name, found in matches.items() if len(found) > 1}:
+        raise InvalidParameterError(f"Layers that more than one pattern matches: {twice}. Make the patterns exclude.")
+    widths, rules = [], []
+    for name, found in matches.items():
+        at_an_end = ends is not None and name in (names[0], names[-1])
+        rules.append(found[0] if found else "ends" if at_an_end else "default")
+        widths.append(patterns[found[0]] if found else ends if at_an_end else default)
+    return Plan(table.assign(bits=widths, rule=rules), tuple(kept.items()), activation_bits)
+
+
+def _kept(model: nn.Module, run: set[str]) -> dict[str, str]:
+    """Return name -> reason of the modules with weights that cannot be quantized."""
+    kept = {}
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
+            kept[name] = "its padding is not by numbers of zeros"
+        elif isinstance(module, (nn.Conv2d, nn.Linear)):
+            if name not in run:
+                kept[name] = "it does not run in a pass of its own"
+        elif any(parameter.ndim > 1 for parameter in own.values()) and not isinstance(module, _PASSIVE):
+            kept[name or "the network itself"] = f"{type(module).__name__} with parameters {', '.join(own)}"
+    return kept
