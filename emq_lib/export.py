@@ -1,4 +1,4 @@
-"""Export: a quantized network as one file that is really as small as claimed, and back.
+"""Export: a quantized network as one file that is really as small as claimed, and back; and as ONNX.
 
 Codes are packed bit by bit, least significant bit first, each layer from a byte of its own. The file is in safetensors
 format with a single uint8 tensor, `payload`: for each layer in order its packed codes, its scales (float32,
@@ -10,9 +10,11 @@ Explained in chapter 05.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import pathlib
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -22,11 +24,12 @@ import torch
 from emq_lib.artefacts import atomic_path, to_json
 from emq_lib.costs import BIAS_BYTES, SCALE_BYTES, ZERO_POINT_BYTES, weight_bytes
 from emq_lib.errors import CorruptArtefactError, InvalidBitsError, InvalidParameterError, MissingArtefactError
-from emq_lib.quantizers import QuantizedWeight
+from emq_lib.quantizers import QuantizedNetwork, QuantizedWeight
 
 FORMAT_VERSION = 1
 _LENGTH_BYTES = 8  # a safetensors file starts with the length of its header as a 64-bit integer
 _KEY = "emq-packed"
+ONNX_OPSET = 21  # the first with 4-bit integers
 
 
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -168,6 +171,79 @@ def load_packed(
     for index, layer in enumerate(layers):
         weights[layer.name], biases[layer.name] = _assemble(layer, parts[4 * index : 4 * index + 4])
     return weights, biases, description["metadata"]
+
+
+def save_onnx(path: pathlib.Path | str, network: QuantizedNetwork, example: torch.Tensor) -> None:
+    """Write the selected configuration as ONNX with QuantizeLinear and DequantizeLinear nodes (QDQ).
+
+    Weights of up to 4 bits are stored as 4-bit integers, also those of 2 and 3 bits, for ONNX has none smaller; weights
+    of 5 to 8 bits as 8-bit integers. Each quantized layer's input is rounded to 8 or 4 bits in front of it.
+
+    Args:
+        path: the file; it stays as it was if anything fails.
+        network: a quantized network; layers that it leaves in floating point stay so.
+        example: an input of one image, shape (1, C, H, W); the file takes any number of images.
+
+    Raises:
+        InvalidParameterError: inputs of other than 8 or 4 bits, or a layer that the exporter rewrites, e.g. a linear
+            layer on sequences.
+    """
+    import onnx
+    from onnx import helper, version_converter
+
+    buffer = io.BytesIO()
+    axes = {"images": {0: "N"}, "logits": {0: "N"}}
+    names = {"input_names": ["images"], "output_names": ["logits"], "dynamic_axes": axes}
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # the exporter of traced graphs is to be replaced by one that needs more packages
+        torch.onnx.export(network.dequantized(), (example,), buffer, dynamo=False, opset_version=17, **names)
+    model = version_converter.convert_version(onnx.load_from_string(buffer.getvalue()), ONNX_OPSET)
+    graph = model.graph
+    readers = {node.input[1]: node for node in graph.node if node.op_type in ("Conv", "Gemm")}
+    for name, layer in network.layers.items():
+        weight, seen = layer.weight, layer.activation_range
+        reader = readers.get(f"{name}.weight")
+        if reader is None or seen.bits not in (4, 8):
+            raise InvalidParameterError(
+                f"Layer {name!r} with inputs of {seen.bits} bits cannot be written as ONNX: it has to be a convolution "
+                "or a linear layer on vectors, with inputs of 4 or 8 bits."
+            )
+        stored = 4 if weight.bits <= 4 else 8
+        parts = {
+            "codes": _onnx_integers(weight.codes, stored),
+            "scale": weight.scale.detach().cpu().numpy(),
+            "zero": _onnx_integers(weight.zero_point, stored),
+            "input_scale": np.float32(seen.scale),
+            "input_zero": _onnx_integers(torch.tensor(seen.zero_point), seen.bits),
+        }
+        places = {part: f"{name}.{part}" for part in parts}
+        (old,) = (tensor for tensor in graph.initializer if tensor.name == f"{name}.weight")
+        graph.initializer.remove(old)
+        graph.initializer.extend(onnx.numpy_helper.from_array(parts[part], places[part]) for part in parts)
+        at = list(graph.node).index(reader)
+        rounding = [reader.input[0], places["input_scale"], places["input_zero"]]
+        restoring = [f"{name}.input_codes", places["input_scale"], places["input_zero"]]
+        restoring_weight = [places["codes"], places["scale"], places["zero"]]
+        for node in (
+            helper.make_node("QuantizeLinear", rounding, [f"{name}.input_codes"]),
+            helper.make_node("DequantizeLinear", restoring, [f"{name}.input"]),
+            helper.make_node("DequantizeLinear", restoring_weight, [f"{name}.weight"], axis=0),
+        ):
+            graph.node.insert(at, node)
+            at += 1
+        reader.input[0] = f"{name}.input"
+    onnx.checker.check_model(model)
+    with atomic_path(pathlib.Path(path)) as temporary:
+        temporary.write_bytes(model.SerializeToString())
+
+
+def _onnx_integers(values: torch.Tensor, bits: int) -> np.ndarray:
+    """Return unsigned integers of 4 or 8 bits."""
+    import ml_dtypes
+
+    return values.detach().cpu().numpy().astype(np.uint8).astype(ml_dtypes.uint4 if bits == 4 else np.uint8)
 
 
 def header_bytes(path: pathlib.Path | str) -> int:

@@ -5,6 +5,7 @@ Explained in chapter 01.
 
 from __future__ import annotations
 
+import copy
 import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -247,6 +248,7 @@ class QuantizedLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.activation_range, self._weights = activation_range, weights
+        self._float = (layer,)  # in a tuple, so that it does not count as a part of this module
         self._channel = (-1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
         bias = torch.zeros(layer.weight.shape[0], device=layer.weight.device) if layer.bias is None else layer.bias
         self.bias = bias.detach().view(self._channel)
@@ -259,6 +261,12 @@ class QuantizedLayer(nn.Module):
     def weight(self) -> QuantizedWeight:
         """The quantized weight at the selected bits."""
         return self._weights[self.bits]
+
+    def dequantized(self) -> nn.Conv2d | nn.Linear:
+        """Return a float layer with the quantized weight at the selected bits."""
+        layer = copy.deepcopy(self._float[0])
+        layer.weight = nn.Parameter(self.weight.dequantize(), requires_grad=False)
+        return layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the layer's float32 output of a float32 input, in the float layer's shapes."""
@@ -343,6 +351,13 @@ class QuantizedNetwork(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (N, classes) of inputs (N, C, H, W) under the configuration selected last."""
         return self.model(x)
+
+    def dequantized(self) -> torch.fx.GraphModule:
+        """Return a float network with the selected weights; its activations are not quantized."""
+        plain = torch.fx.GraphModule(self.model, copy.deepcopy(self.model.graph))
+        for name, layer in self.layers.items():
+            plain.set_submodule(name, layer.dequantized())
+        return plain
 
     @functools.cached_property
     def pieces(self) -> list[tuple[nn.Module, tuple[str, ...]]]:

@@ -1,10 +1,13 @@
-"""Packed files: every bit comes back, the size is the size claimed, and damage is noticed."""
+"""Packed files: every bit comes back, the size is the size claimed, damage is noticed. ONNX: another runtime agrees."""
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 
 import numpy as np
+import onnx
+import onnxruntime
 import pandas as pd
 import pytest
 import torch
@@ -13,9 +16,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
+from emq_lib import export, models
 from emq_lib.costs import size_cost
 from emq_lib.errors import CorruptArtefactError, InvalidBitsError, InvalidParameterError, MissingArtefactError
 from emq_lib.export import header_bytes, load_packed, pack_codes, payload_bytes, save_packed, unpack_codes
+from emq_lib.measuring import load_network
 from emq_lib.models import build_model, fold_batchnorm, layer_table
 from emq_lib.quantizers import QuantizedWeight, build_weight_bank, quantize
 
@@ -201,3 +206,52 @@ def test_bad_networks_are_refused_and_the_old_file_stays(packed):
             save_packed(packed, bad_weights, bad_biases)
     assert packed.read_bytes() == before
     assert [path.name for path in packed.parent.iterdir()] == [packed.name]
+
+
+@pytest.fixture
+def network(study, profile, data):
+    return load_network(profile, data)[0].select((4, 3, 2, 3, 4, 2))
+
+
+def _run(path, split):
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"images": split.inputs().contiguous().numpy()})[0])
+
+
+def test_another_runtime_predicts_the_same_from_the_onnx_file(network, data, tmp_path):
+    path = tmp_path / "network.onnx"
+    export.save_onnx(path, network, data.test[:1].inputs())
+    mine, found = models.predict(network, data.test), _run(path, data.test)
+    assert (found.argmax(dim=1) == mine.argmax(dim=1)).float().mean() >= 0.98
+    assert abs(models.top1(found, data.test.labels) - models.top1(mine, data.test.labels)) < 1
+    assert (found - mine).abs().mean() < 0.02 * mine.abs().mean()
+
+
+def test_the_onnx_file_holds_the_codes_in_4_or_8_bits(network, data, tmp_path):
+    path = tmp_path / "network.onnx"
+    export.save_onnx(path, network, data.test[:1].inputs())
+    stored = {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
+    for name, layer in network.layers.items():
+        tensor = stored[f"{name}.codes"]
+        four = layer.weight.bits <= 4
+        assert tensor.data_type == (onnx.TensorProto.UINT4 if four else onnx.TensorProto.UINT8)
+        assert len(tensor.raw_data) == (layer.weight.codes.numel() + four) // (2 if four else 1)
+        assert np.array_equal(onnx.numpy_helper.to_array(tensor).astype(np.uint8), layer.weight.codes.numpy())
+
+
+def test_what_onnx_cannot_hold_is_named_and_nothing_is_written(network, data, tmp_path):
+    for layer in network.layers.values():
+        layer.activation_range = dataclasses.replace(layer.activation_range, bits=6)
+    with pytest.raises(InvalidParameterError, match="'conv1' with inputs of 6 bits"):
+        export.save_onnx(tmp_path / "network.onnx", network, data.test[:1].inputs())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dequantized_network_has_the_selected_weights_and_leaves_the_network_alone(network, data):
+    before = models.predict(network, data.test)
+    plain = network.dequantized()
+    for name, layer in network.layers.items():
+        assert torch.equal(plain.get_submodule(name).weight, layer.weight.dequantize())
+    assert torch.equal(models.predict(network, data.test), before)
