@@ -74,12 +74,14 @@ packed.nbytes
 # %% [markdown]
 # ## A network on disk
 #
-# Take the configuration that the evolved proxy chose at 2.5 bits on average, quantize the study's checkpoint, and write it into one file: packed
+# Take the configuration that the proxy evolved for allocation chose at 2.5 bits on average, quantize the study's checkpoint, and write it into one file: packed
 # codes, scales, zero points and biases, nothing else.
 
 # %%
 results = quantization.load_quantization(chapter.profile)
-row = results.query("proxy == 'evolved' and average_bits == 2.5").iloc[0]
+row = results.query(
+    "proxy == 'evolved for allocation' and average_bits == 2.5"
+).iloc[0]
 config = parse_bits(row.bits)
 model = fold_batchnorm(
     load_checkpoint(
@@ -181,7 +183,10 @@ chapter.claim(
 )
 
 # %%
-budgets = results[results["average_bits"].isin(chapter.profile.budgets)]
+budgets = results[
+    results["average_bits"].isin(chapter.profile.budgets)
+    & (results["variant"] != "as_released")
+]
 table = budgets.pivot_table(
     index="proxy", columns="average_bits", values="top1", aggfunc="mean"
 )
@@ -233,7 +238,7 @@ chapter.claim(
 
 # %%
 halves = budgets[
-    budgets["proxy"].isin(["evolved", "uniform", "sqrt one-layer KL"])
+    budgets["proxy"].isin(["evolved for allocation", "uniform", "one-layer KL"])
 ].assign(
     half_a=lambda t: 100 * t["correct_a"] / t["n_a"],
     half_b=lambda t: 100 * t["correct_b"] / t["n_b"],

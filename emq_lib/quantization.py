@@ -15,8 +15,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from emq_lib.allocation import allocate, budget_for_average_bits
-from emq_lib.approximate import random_within
+from emq_lib.allocation import Allocation, allocate, budget_for_average_bits
+from emq_lib.approximate import allocate_locally, random_within
 from emq_lib.artefacts import atomic_path, checked_path, record, sole_writer, study_folder
 from emq_lib.bench import Bench, bits_text
 from emq_lib.block_reconstruction import reconstruct_in_order
@@ -28,6 +28,7 @@ from emq_lib.measuring import PARTIAL, load_network, measure_resumably
 from emq_lib.models import fold_batchnorm
 from emq_lib.planning import plan_bits
 from emq_lib.profiles import Profile
+from emq_lib.proxies import score
 from emq_lib.quantizers import QuantizedNetwork, WeightBank, choose_activation_ranges, quantize
 from emq_lib.reconstruction import adaround, second_moments
 
@@ -126,11 +127,13 @@ def _example(folded: nn.Module, images: Split | Inputs) -> torch.Tensor:
 
 
 def choose_configurations(profile: Profile, tables: Mapping[str, Mapping], size: CostTable) -> pd.DataFrame:
-    """Allocate bits at every budget by every score table, and draw random configurations of the same sizes.
+    """Allocate bits at every budget by every method's scores, and draw random configurations of the same sizes.
+
+    Sums over slots are allocated exactly, other scores by local search.
 
     Args:
         profile: gives the budgets (average bits) and the choices.
-        tables: method -> {"table": score table (S, B), "variant": text, "seconds": cost of the scores}.
+        tables: method -> entry as of :func:`emq_lib.heldout.load_tables`.
         size: packed size of a configuration.
 
     Returns:
@@ -144,7 +147,7 @@ def choose_configurations(profile: Profile, tables: Mapping[str, Mapping], size:
             if average not in profile.budgets and name not in FRONT_METHODS:
                 continue
             started = time.perf_counter()
-            best = allocate(entry["table"], {"size": size}, {"size": budget}, profile.choices)
+            best = _allocate(entry, size, budget, profile, rng=profile.rng(f"{name} at {average}"))
             seconds = entry["seconds"] + time.perf_counter() - started
             row = {
                 "proxy": name,
@@ -159,6 +162,20 @@ def choose_configurations(profile: Profile, tables: Mapping[str, Mapping], size:
             drawn = bits_text(random_within(size, budget, profile.choices, rng=rng))
             rows.append(shared | {"proxy": "random", "variant": "trivial", "seed": seed, "bits": drawn, "seconds": 0.0})
     return pd.DataFrame(rows)
+
+
+def _allocate(
+    entry: Mapping, size: CostTable, budget: float, profile: Profile, *, rng: np.random.Generator
+) -> Allocation:
+    """Allocate by one method's scores within a size."""
+    costs, budgets, choices = {"size": size}, {"size": budget}, profile.choices
+    if entry["separable"]:
+        return allocate(entry["table"], costs, budgets, choices)
+
+    def scored(configs: np.ndarray) -> np.ndarray:
+        return score(entry["table"], configs, choices, aggregation=entry["aggregation"])
+
+    return allocate_locally(scored, costs, budgets, choices, rng=rng)
 
 
 def build_quantization(profile: Profile, data: ImageData, tables: Mapping[str, Mapping]) -> None:

@@ -85,11 +85,13 @@ def size(study, profile):
 def test_choices_keep_their_budgets_and_name_every_method(size, profile, study):
     statistics = load_statistics(profile)
     names = ("bit sum", "one-layer KL")
-    tables = {name: {"table": score_table(name, statistics), "variant": "x", "seconds": 1.0} for name in names}
+    facts = {"variant": "x", "seconds": 1.0, "aggregation": "sum", "separable": True}
+    tables = {name: facts | {"table": score_table(name, statistics)} for name in names}
+    tables["CLADO"] = facts | {"table": score_table("CLADO", statistics), "separable": False}
     chosen = quantization.choose_configurations(profile, tables, size)
     configs = np.array([bench.parse_bits(text) for text in chosen["bits"]])
     assert (size.total(configs, profile.choices) <= chosen["budget_bytes"]).all()
-    assert set(chosen["proxy"]) == {*names, "random"}
+    assert set(chosen["proxy"]) == {*names, "CLADO", "random"}
     assert set(chosen.query("proxy == 'one-layer KL'")["average_bits"]) == set(profile.budgets)
     assert set(chosen.query("proxy == 'bit sum'")["average_bits"]) == {*profile.budgets, *quantization.FRONT}
     assert (chosen.groupby(["proxy", "average_bits"]).size()["random"] == quantization.RANDOM_DRAWS).all()
