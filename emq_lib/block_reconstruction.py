@@ -2,15 +2,15 @@
 
 The bank rounds each layer for itself, on the float network's inputs, so that any configuration is a selection. Here one
 configuration is reconstructed as a whole: block after block, each on the inputs that the quantized blocks before it
-give, with all weights of a block learned together. It costs a run of its own for every configuration. Explained in
-chapter 01.
+give, with all weights of a block learned together; then, block after block again, the steps of the activations. It
+costs a run of its own for every configuration. Explained in chapters 01 and 05.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 import torch
@@ -19,11 +19,31 @@ from torch import nn
 from torch.func import functional_call
 
 from emq_lib.datasets import Split
-from emq_lib.models import segments
+from emq_lib.models import pre_hooks, segments
 from emq_lib.quantizers import ActivationRange, QuantizedNetwork, build_weight_bank
 from emq_lib.reconstruction import Rounding, learn_rounding
 
-ITERATIONS, BATCH = 400, 32
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How long blocks are reconstructed; the defaults are those of BRECQ.
+
+    Attributes:
+        iterations: steps for the weights of a block.
+        activation_iterations: steps for the activations of a block; 0 keeps the ranges seen on calibration images.
+        batch: images per step.
+        activation_rate: learning rate of Adam for the steps of the activations.
+    """
+
+    iterations: int = 20_000
+    activation_iterations: int = 5_000
+    batch: int = 32
+    activation_rate: float = 4e-4
+
+
+PAPER = Settings()
+WEIGHTS_ONLY = Settings(iterations=400, activation_iterations=0)
+LAPTOP = Settings(iterations=400, activation_iterations=200)
 
 
 def reconstruct_in_order(
@@ -34,12 +54,14 @@ def reconstruct_in_order(
     ranges: Mapping[str, ActivationRange],
     *,
     generator: torch.Generator,
+    settings: Settings,
 ) -> QuantizedNetwork:
     """Reconstruct one configuration block after block, and return its quantized network.
 
     A block is the shortest piece of the network that passes on a single tensor, e.g. a residual block. Its output is
     compared with the float network's by the mean squared difference (without BRECQ's weights from the Fisher matrix).
-    As there, the inputs of layers are rounded only after the weights. Pinned layers are rounded to nearest.
+    As there, the inputs of layers are rounded only after the weights, and the steps of that rounding are learned after
+    them (LSQ; Esser et al. 2020). Pinned layers are rounded to nearest.
 
     Args:
         model: network with folded batch norm; it is not changed.
@@ -48,22 +70,27 @@ def reconstruct_in_order(
         calibration: the calibration images.
         ranges: layer name -> range of its input.
         generator: source of the batches, on the CPU.
+        settings: how long.
     """
     model = copy.deepcopy(model).requires_grad_(False)
+    pieces = segments(model, list(layers["name"]))
     bank = build_weight_bank(model, layers, sorted(set(map(int, config))))
     widths, weights = bank.widths(config), dict(bank.weights)
     exact = changed = calibration.inputs()
-    for piece, names in segments(model, list(layers["name"])):
+    for piece, names in pieces:
         target = _apply(piece, {}, exact)
         free = {
             name: Rounding(model.get_submodule(name).weight, widths[name]) for name in names if name in bank.searchable
         }
         fixed = {name: bank.weights[name, widths[name]].dequantize() for name in names}
         if free:
-            _learn_block(piece, free, fixed, changed, target, generator=generator)
+            _learn_block(piece, free, fixed, changed, target, generator=generator, settings=settings)
             weights |= {(name, widths[name]): rounding.hardened() for name, rounding in free.items()}
         now = {name: weights[name, widths[name]].dequantize() for name in names}
         exact, changed = target, _apply(piece, now, changed)
+    if settings.activation_iterations:
+        final = {name: weights[name, bits].dequantize() for name, bits in widths.items()}
+        ranges = _learn_steps(pieces, final, ranges, calibration.inputs(), generator=generator, settings=settings)
     return QuantizedNetwork(model, dataclasses.replace(bank, weights=weights), ranges).select(config)
 
 
@@ -75,16 +102,61 @@ def _learn_block(
     target: torch.Tensor,
     *,
     generator: torch.Generator,
+    settings: Settings,
 ) -> None:
     """Choose the directions of a block's weights on random batches of its inputs and wanted outputs."""
 
     def error(rounded: list[torch.Tensor]) -> torch.Tensor:
-        rows = torch.randint(len(inputs), (BATCH,), generator=generator).to(inputs.device)
+        rows = torch.randint(len(inputs), (settings.batch,), generator=generator).to(inputs.device)
         found = _run(piece, dict(fixed) | dict(zip(free, rounded, strict=True)), inputs[rows])
         return F.mse_loss(found, target[rows])
 
     worst = F.mse_loss(_apply(piece, fixed, inputs), target).item()
-    learn_rounding(list(free.values()), error, worst, ITERATIONS)
+    learn_rounding(list(free.values()), error, worst, settings.iterations)
+
+
+def _learn_steps(
+    pieces: Sequence[tuple[nn.Module, tuple[str, ...]]],
+    weights: Mapping[str, torch.Tensor],
+    ranges: Mapping[str, ActivationRange],
+    images: torch.Tensor,
+    *,
+    generator: torch.Generator,
+    settings: Settings,
+) -> dict[str, ActivationRange]:
+    """Learn the step of each layer's input, block after block, on inputs that the steps before have rounded."""
+    learned, exact, changed = dict(ranges), images, images
+    for piece, names in pieces:
+        now = {name: weights[name] for name in names}
+        target = _apply(piece, {}, exact)
+        steps = {name: torch.tensor([ranges[name].scale], device=images.device, requires_grad=True) for name in names}
+        optimizer = torch.optim.Adam(steps.values(), lr=settings.activation_rate)
+        with pre_hooks(piece, {name: _rounding(ranges[name], steps[name]) for name in names}):
+            before = F.mse_loss(_apply(piece, now, changed), target)
+            for _ in range(settings.activation_iterations):
+                rows = torch.randint(len(images), (settings.batch,), generator=generator).to(images.device)
+                loss = F.mse_loss(_run(piece, now, changed[rows]), target[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            if F.mse_loss(_apply(piece, now, changed), target) > before:  # keep what was seen on calibration images
+                for name, step in steps.items():
+                    step.data.fill_(ranges[name].scale)
+            exact, changed = target, _apply(piece, now, changed)
+        learned |= {name: dataclasses.replace(ranges[name], scale=step.item()) for name, step in steps.items()}
+    return learned
+
+
+def _rounding(seen: ActivationRange, step: torch.Tensor) -> Callable:
+    """Return a hook that rounds a layer's input with a step that gradients reach."""
+    zero_point = torch.tensor([float(seen.zero_point)], device=step.device)
+
+    def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        top = 2**seen.bits - 1
+        gain = (inputs[0].numel() * top) ** -0.5  # LSQ's scale of the step's gradient
+        return (torch._fake_quantize_learnable_per_tensor_affine(inputs[0], step, zero_point, 0, top, gain),)
+
+    return hook
 
 
 def _run(piece: nn.Module, weights: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:

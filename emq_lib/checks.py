@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from emq_lib.artefacts import atomic_path, checked_path, record, sole_writer, study_folder
 from emq_lib.bench import Bench, bits_text
-from emq_lib.block_reconstruction import reconstruct_in_order
+from emq_lib.block_reconstruction import WEIGHTS_ONLY, reconstruct_in_order
 from emq_lib.datasets import ImageData
 from emq_lib.errors import InvalidParameterError
 from emq_lib.measuring import PARTIAL, PartialRows, load_network, measure, measure_resumably, row_keys, row_of
@@ -93,8 +93,9 @@ def _measure_in_order(profile: Profile, data: ImageData, configs: np.ndarray) ->
     for key, config in zip(keys, tqdm(configs, desc="in order", unit="config"), strict=True):
         if key not in rows:
             started = time.perf_counter()
+            generator = profile.generator("in order")
             network = reconstruct_in_order(
-                model, layers, config, data.calibration, ranges, generator=profile.generator("in order")
+                model, layers, config, data.calibration, ranges, generator=generator, settings=WEIGHTS_ONLY
             )
             [[found]] = measure(network, split, config[None])
             rows[key] = row_of(found)

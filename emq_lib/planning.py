@@ -99,7 +99,7 @@ def plan_bits(
     if idle := [pattern for pattern in patterns if not any(pattern in found for found in matches.values())]:
         raise InvalidParameterError(f"Patterns that match no layer: {idle}. The layers are {names}.")
     if twice := {name: found for name, found in matches.items() if len(found) > 1}:
-        raise InvalidParameterError(f"Layers that more than one pattern matches: {twice}. Make one of the patterns narrower.")
+        raise InvalidParameterError(f"Layers that more than one pattern matches: {twice}. Make one narrower.")
     widths, rules = [], []
     for name, found in matches.items():
         at_an_end = ends is not None and name in (names[0], names[-1])

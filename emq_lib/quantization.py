@@ -19,7 +19,7 @@ from emq_lib.allocation import Allocation, allocate, budget_for_average_bits
 from emq_lib.approximate import allocate_locally, random_within
 from emq_lib.artefacts import atomic_path, checked_path, record, sole_writer, study_folder
 from emq_lib.bench import Bench, bits_text
-from emq_lib.block_reconstruction import reconstruct_in_order
+from emq_lib.block_reconstruction import PAPER, Settings, reconstruct_in_order
 from emq_lib.costs import CostTable, bops_cost, size_cost
 from emq_lib.datasets import ImageData, Inputs, Split
 from emq_lib.errors import InvalidParameterError, UnsupportedModelError
@@ -47,6 +47,7 @@ def quantize_model(
     ends: int | None = 8,
     activation_bits: int = 8,
     method: str = "rtn",
+    settings: Settings = PAPER,
     seed: int = 0,
     verbose: bool = True,
 ) -> QuantizedNetwork:
@@ -61,7 +62,9 @@ def quantize_model(
         ends: width of the first and the last layer where no pattern matches them; None: like the others.
         activation_bits: width of every quantized layer's input.
         method: "rtn": to nearest, with range search. "adaround": each layer's directions of rounding learned on float
-            inputs. "brecq": block after block, on the inputs that the quantized blocks before give.
+            inputs. "brecq": block after block, on the inputs that the quantized blocks before give, then the steps of
+            the activations.
+        settings: of "brecq": the paper's, or :data:`emq_lib.block_reconstruction.LAPTOP` for minutes without a GPU.
         seed: of the batches of "brecq".
         verbose: print the plan.
 
@@ -90,7 +93,7 @@ def quantize_model(
     config = tuple(plan.bits.values())
     if method == "brecq":
         generator = torch.Generator().manual_seed(seed)
-        return reconstruct_in_order(folded, layers, config, images, ranges, generator=generator)
+        return reconstruct_in_order(folded, layers, config, images, ranges, generator=generator, settings=settings)
     original = {name: folded.get_submodule(name).weight for name in plan.bits}
     if method == "rtn":
         weights = {(name, width): quantize(original[name], width) for name, width in plan.bits.items()}

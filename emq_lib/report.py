@@ -47,7 +47,7 @@ COLOURS = {
     "sqrt one-layer KL": "#009e73",
     "evolved": "#d55e00",
     "evolved for rho": "#f28e4b",
-    "evolved for allocation": "#b8501a",
+    "evolved for allocation": "#a8324a",
     "evolved with pairs": "#963c00",
     "transferred for rho": "#c2477f",
     "transferred with pairs": "#7d2150",

@@ -5,7 +5,7 @@ import dataclasses
 import pandas as pd
 import pytest
 
-from emq_lib import bench, block_reconstruction, checks, measuring, reconstruction
+from emq_lib import bench, checks, measuring, reconstruction
 from emq_lib.errors import InvalidParameterError
 
 
@@ -14,7 +14,7 @@ def small(monkeypatch):
     monkeypatch.setattr(checks, "CONFIGS", 4)
     monkeypatch.setattr(checks, "IN_ORDER", 2)
     monkeypatch.setattr(reconstruction, "ITERATIONS", 60)
-    monkeypatch.setattr(block_reconstruction, "ITERATIONS", 100)
+    monkeypatch.setattr(checks, "WEIGHTS_ONLY", dataclasses.replace(checks.WEIGHTS_ONLY, iterations=100))
 
 
 def test_draw_zero_is_the_bench_and_other_draws_are_not(own_study, profile, data, small, monkeypatch):

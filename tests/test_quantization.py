@@ -9,6 +9,7 @@ from torch import nn
 
 from emq_lib import bench, models, quantization
 from emq_lib.artefacts import checked_path
+from emq_lib.block_reconstruction import LAPTOP
 from emq_lib.costs import size_cost
 from emq_lib.errors import InvalidParameterError, UnsupportedModelError
 from emq_lib.layer_statistics import load_statistics
@@ -37,7 +38,9 @@ def test_learned_rounding_changes_logits_less_than_rounding_to_nearest(model, da
     exact = models.predict(model.eval(), data.test)
     lost = {}
     for method in quantization.METHODS:
-        found = quantization.quantize_model(model, data.calibration, default=2, method=method, verbose=False)
+        found = quantization.quantize_model(
+            model, data.calibration, default=2, method=method, settings=LAPTOP, verbose=False
+        )
         lost[method] = (models.predict(found, data.test) - exact).square().mean().item()
     assert lost["brecq"] < lost["adaround"] < lost["rtn"]
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())

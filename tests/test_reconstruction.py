@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from emq_lib import block_reconstruction, reconstruction
+from emq_lib.block_reconstruction import LAPTOP, WEIGHTS_ONLY
 from emq_lib.datasets import Split
 from emq_lib.measuring import load_network
 from emq_lib.models import fold_batchnorm, layer_table, load_checkpoint, predict, top1
@@ -103,7 +104,7 @@ def test_block_after_block_beats_the_bank_on_blocks_and_leaves_the_network_alone
     def found(seed):
         generator = torch.Generator().manual_seed(seed)
         return block_reconstruction.reconstruct_in_order(
-            model, layers, (2,) * 6, data.calibration, ranges, generator=generator
+            model, layers, (2,) * 6, data.calibration, ranges, generator=generator, settings=WEIGHTS_ONLY
         )
 
     first, second = found(0), found(0)
@@ -120,3 +121,20 @@ def test_block_after_block_beats_the_bank_on_blocks_and_leaves_the_network_alone
         nearest_codes = nearest.layers[name].weight.codes.int()
         assert (layer.weight.codes.int() - nearest_codes).abs().max() <= 1
     assert torch.equal(first.layers["conv1"].weight.codes, nearest.layers["conv1"].weight.codes)
+
+
+def test_learned_steps_of_activations_change_logits_less_than_the_ranges_seen(study, profile, data):
+    model = fold_batchnorm(load_checkpoint(profile, study / "model.safetensors"))
+    layers, images = layer_table(model, profile), data.calibration
+    ranges = choose_activation_ranges(model, layers, images, bits=3)
+    exact, lost, steps = predict(model, images), {}, {}
+    for settings in (WEIGHTS_ONLY, LAPTOP):
+        generator = torch.Generator().manual_seed(0)
+        network = block_reconstruction.reconstruct_in_order(
+            model, layers, (4,) * 6, images, ranges, generator=generator, settings=settings
+        )
+        lost[settings] = (predict(network, images) - exact).square().mean().item()
+        steps[settings] = {name: layer.activation_range.scale for name, layer in network.layers.items()}
+    assert lost[LAPTOP] < 0.9 * lost[WEIGHTS_ONLY]
+    assert steps[WEIGHTS_ONLY] == {name: seen.scale for name, seen in ranges.items()}
+    assert all(steps[LAPTOP][name] > 0 for name in ranges)
