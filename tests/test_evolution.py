@@ -120,6 +120,20 @@ def test_formulas_that_are_no_sum_over_layers_may_be_refused(problem):
     assert evolution.Judge([problem]).judge(search_space.parse(texts[0])) is not None
 
 
+def test_formulas_that_fall_with_more_bits_may_be_refused(problem):
+    texts = ("sequential(b: no_op)", "sequential(b: negate)", "branched(product; b: no_op; G: mean; no_op)")
+    rising, falling, mixed = map(search_space.parse, texts)  # the last by the sign of a layer's mean gradient
+    steps = np.diff(problem.evaluator.scores(mixed), axis=1)
+    assert (steps > 0).any()
+    assert (steps < 0).any()
+    judge = evolution.Judge([problem], separable=True, rising=True)
+    assert judge.judge(rising) is not None
+    assert judge.judge(falling) is None
+    assert judge.judge(mixed) is None
+    assert judge.rejected == 2
+    assert evolution.Judge([problem], separable=True).judge(mixed) is not None
+
+
 def test_no_member_of_a_population_ranks_like_another(problem):
     population = [evolution.Judge([problem]).judge(PLANTED)]
     twin = dataclasses.replace(population[0], genotype=search_space.KNOWN["EMQ"])
