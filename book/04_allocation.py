@@ -729,6 +729,8 @@ show_table(table.rename_axis("correlation").reset_index())
 #   (chapter 03). Fitness inside sizes adds {glue:text}`inside_gain:+.1f` ({glue:text}`inside_gain_lo:+.1f` to {glue:text}`inside_gain_hi:+.1f`).
 # - Even so the formulas of that search are {glue:text}`allocation_gain:+.1f` points ({glue:text}`allocation_gain_lo:+.1f` to {glue:text}`allocation_gain_hi:+.1f`) from the best hand-made proxy.
 #   Evolution found better rankings, not better allocations.
+# - Scores with pairs of layers, allocated by local search, buy {glue:text}`pairs_buy:+.1f` points ({glue:text}`pairs_buy_lo:+.1f` to {glue:text}`pairs_buy_hi:+.1f`) against that proxy, though they
+#   rank far better.
 # - Of all correlations the one among the best 20 % goes with the accuracy bought most closely, {glue:text}`top_predicts:.2f` against {glue:text}`rho_predicts:.2f` for all configurations. On the
 #   other networks, where all choices are closer together, no measure stands out.
 #
