@@ -303,7 +303,7 @@ table = budgets.pivot_table(
 show_table(table.sort_values(3.0, ascending=False).reset_index(), decimals=1)
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Top-1 of each method's choice, one symbol per budget; the dashed line is the float network. The methods part most where the budget is tight.", "name": "fig-05-1"}, "image": {"alt": "One row per method with a dot per budget on an axis of top-1; the dots of tight budgets lie far left and spread most."}}
-figure, ax = plt.subplots(figsize=(6.5, 4.8))
+figure, ax = plt.subplots(figsize=(6.5, 7.5))
 plot_dots(table.sort_values(3.0, ascending=False), float_top1=float_top1, ax=ax)
 plt.show()
 
