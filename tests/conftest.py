@@ -6,6 +6,10 @@ import os
 import shutil
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton, which looks only then
 
 from emq_lib import bench, layer_statistics, training
 from emq_lib.datasets import load_dataset
