@@ -140,7 +140,9 @@ def score(scores: np.ndarray, configs: np.ndarray, choices: tuple[int, ...], *, 
         parts = selected(scores, configs, choices)
     else:
         chosen = choice_indices(configs, choices, slots) + len(choices) * np.arange(slots)
-        parts = scores[chosen[:, :, None], chosen[:, None, :]].sum(axis=2)
+        taken = np.zeros((len(chosen), len(scores)))
+        np.put_along_axis(taken, chosen, 1.0, axis=1)
+        parts = np.take_along_axis(taken @ scores.T, chosen, axis=1)  # of each row the entries in the chosen columns
     if aggregation == "survival":
         parts = parts / (np.abs(scores).mean() or 1.0) / (1 if table else slots)
     return AGGREGATIONS[aggregation](parts)
