@@ -84,6 +84,7 @@ def allocate(
     layers: Sequence[str] | None = None,
     groups: Sequence[Sequence[int]] = (),
     time_limit: float | None = None,
+    tolerance: float = 0.0,
 ) -> Allocation:
     """Allocate bits: maximise the sum of the selected scores subject to an upper bound on any number of costs.
 
@@ -103,6 +104,8 @@ def allocate(
         layers: names of the S searchable layers, for messages.
         groups: slots that must share a width, e.g. the projections of one attention; each slot in one group at most.
         time_limit: seconds after which the best configuration so far is returned; None waits for the proof.
+        tolerance: share of the regret, the score lost against no budgets, that may be left unproven. Where scores are
+            proportional to costs, a proof can take forever, and 1e-5 is a matter of seconds.
 
     Returns:
         The best allocation. The same tables give the same bits, also among ties.
@@ -121,12 +124,13 @@ def allocate(
     """
     scores = _checked_scores(scores, choices, layers)
     if groups:
-        return _allocate_groups(scores, costs, budgets, choices, groups=groups, time_limit=time_limit)
+        limits = {"time_limit": time_limit, "tolerance": tolerance}
+        return _allocate_groups(scores, costs, budgets, choices, groups=groups, **limits)
     problem = _normal_form(scores, costs, budgets, choices)
     start = _ascend(problem)
     if start is not None:
         problem, start = _core(problem, start)
-    selected, bound, optimal = _solve(problem, start, time_limit)
+    selected, bound, optimal = _solve(problem, start, time_limit, tolerance)
     if selected is None and not optimal:
         raise UnsolvedAllocationError(
             f"The solver stopped without a configuration (time limit: {time_limit} seconds). Raise time_limit, or "
@@ -135,7 +139,7 @@ def allocate(
     if selected is None:
         raise InfeasibleBudgetError(_conflict(problem, costs, budgets))
     gap = max(0.0, problem.regret(selected) - bound)
-    return _allocation(selected, scores, costs, choices, gap=gap, optimal=optimal)
+    return _allocation(selected, scores, costs, choices, gap=gap, optimal=optimal and not tolerance)
 
 
 def _allocate_groups(
@@ -146,6 +150,7 @@ def _allocate_groups(
     *,
     groups: Sequence[Sequence[int]],
     time_limit: float | None,
+    tolerance: float,
 ) -> Allocation:
     """Allocate with one row for each group: a shared width adds up the scores and the costs of its slots."""
     slots = len(scores)
@@ -159,7 +164,7 @@ def _allocate_groups(
         for name, cost in costs.items()
     }
     summed = np.array([scores[row].sum(axis=0) for row in rows])
-    found = allocate(summed, merged, budgets, choices, time_limit=time_limit)
+    found = allocate(summed, merged, budgets, choices, time_limit=time_limit, tolerance=tolerance)
     bits = np.empty(slots, dtype=int)
     for row, width in zip(rows, found.bits, strict=True):
         bits[row] = width
@@ -432,7 +437,7 @@ def _prices(problem: _Problem) -> np.ndarray:
 
 
 def _solve(
-    problem: _Problem, start: np.ndarray | None, time_limit: float | None
+    problem: _Problem, start: np.ndarray | None, time_limit: float | None, tolerance: float = 0.0
 ) -> tuple[np.ndarray | None, float, bool]:
     """Solve the integer program.
 
@@ -440,6 +445,7 @@ def _solve(
         problem: regrets to minimise within slacks.
         start: a solution that fits, or None.
         time_limit: seconds per solve, or None.
+        tolerance: share of the regret that may be left unproven.
 
     Returns:
         The choice index per slot (None: nothing found), a lower bound of its regret, and whether the answer is proven.
@@ -461,7 +467,7 @@ def _solve(
         if attempt == _MAX_CUTS:
             limits[: len(divisors)] *= 1 - _TIGHTENING
         constraints = [one_per_slot] + ([optimize.LinearConstraint(rows, -np.inf, limits)] if len(rows) else [])
-        result = _milp(regrets / scale, constraints, time_limit)
+        result = _milp(regrets / scale, constraints, time_limit, tolerance)
         if result.x is None:
             return start, bound, start is None and result.status == _INFEASIBLE and attempt < _MAX_CUTS
         if attempt < _MAX_CUTS:
@@ -490,10 +496,10 @@ def _cover(problem: _Problem, excesses: np.ndarray, slots: np.ndarray, chosen: n
 
 
 def _milp(
-    objective: np.ndarray, constraints: list[optimize.LinearConstraint], time_limit: float | None
+    objective: np.ndarray, constraints: list[optimize.LinearConstraint], time_limit: float | None, tolerance: float
 ) -> optimize.OptimizeResult:
-    """Minimise over binary variables, to a gap of zero."""
-    options = {"mip_rel_gap": 0.0} | ({} if time_limit is None else {"time_limit": time_limit})
+    """Minimise over binary variables, to a gap that is this share of the minimum."""
+    options = {"mip_rel_gap": tolerance} | ({} if time_limit is None else {"time_limit": time_limit})
     ones = np.ones_like(objective)
     with _silenced():
         return optimize.milp(objective, integrality=ones, bounds=(0, 1), constraints=constraints, options=options)

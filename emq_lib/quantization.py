@@ -36,6 +36,7 @@ METHODS = ("rtn", "adaround", "brecq")
 FRONT = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75)
 FRONT_METHODS = ("bit sum", "HAWQ-V2", "sqrt one-layer KL", "evolved", "evolved for rho", "evolved for allocation")
 RANDOM_DRAWS = 5
+PATIENCE, TOLERANCE = 20.0, 1e-5  # seconds for a proof; without one, the share of the regret that may be left
 
 
 def quantize_model(
@@ -173,7 +174,8 @@ def _allocate(
     """Allocate by one method's scores within a size."""
     costs, budgets, choices = {"size": size}, {"size": budget}, profile.choices
     if entry["separable"]:
-        return allocate(entry["table"], costs, budgets, choices)
+        found = allocate(entry["table"], costs, budgets, choices, time_limit=PATIENCE)
+        return found if found.optimal else allocate(entry["table"], costs, budgets, choices, tolerance=TOLERANCE)
 
     def scored(configs: np.ndarray) -> np.ndarray:
         return score(entry["table"], configs, choices, aggregation=entry["aggregation"])

@@ -347,3 +347,15 @@ def test_a_shadow_price_is_what_a_little_more_budget_brings(seed):
         assert gained == pytest.approx(price * budgets[name] * 1e-7, rel=1e-3, abs=1e-12)
     assert any(price > 0 for price in prices.values())
     assert before >= allocate(scores, costs, budgets, CHOICES).score - 1e-12
+
+
+def test_a_tolerance_ends_what_has_no_proof_in_time():
+    """Scores that are the costs themselves make a subset-sum problem, whose proof may take forever."""
+    rng = np.random.default_rng(0)
+    table = np.round(10 ** rng.uniform(2, 5, (51, 1))) * np.array(CHOICES)
+    cost = CostTable("size", "bytes", 0.0, np.ceil(table / 8))
+    budget = {"size": float(np.interp(2.75, CHOICES, cost.table.sum(axis=0)))}
+    found = allocate(table, {"size": cost}, budget, CHOICES, tolerance=1e-5)
+    assert not found.optimal
+    assert found.costs["size"] <= budget["size"]
+    assert found.gap <= 2e-5 * (table[:, -1].sum() - found.score)
