@@ -1026,12 +1026,7 @@ plt.show()
 # %%
 studies = {
     name: get_profile(name)
-    for name in (
-        "digits-resnet8",
-        "cifar10-resnet20",
-        "cifar10-resnet18",
-        "cifar10-mobilenetv2",
-    )
+    for name in profile_names()
     if has_study(get_profile(name), "evolution.jsonl", "heldout.csv")
 }
 found = {

@@ -45,7 +45,7 @@ from emq_lib.costs import CostTable, average_bits_cost, gather
 from emq_lib.datasets import load_dataset
 from emq_lib.errors import InfeasibleBudgetError
 from emq_lib.heldout import load_heldout, load_searched, load_tables
-from emq_lib.profiles import get_profile
+from emq_lib.profiles import get_profile, profile_names
 from emq_lib.proxies import load_proxies, score
 from emq_lib.ranking import sampling_interval
 from emq_lib.report import (
@@ -674,12 +674,7 @@ for key, measure in (
 # %%
 studies = {
     name: get_profile(name)
-    for name in (
-        "digits-resnet8",
-        "cifar10-resnet20",
-        "cifar10-resnet18",
-        "cifar10-mobilenetv2",
-    )
+    for name in profile_names()
     if has_study(get_profile(name), "quantization.csv", "searches.csv")
 }
 

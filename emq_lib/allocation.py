@@ -196,40 +196,29 @@ def shadow_prices(
     >>> round(shadow_prices(scores, {"bits": bits}, {"bits": 5.5}, choices=(2, 3))["bits"], 6)
     3.0
     """
-    found = relaxation(_checked_scores(scores, choices, None), costs, budgets, choices)
-    return dict(zip(budgets, (-found.ineqlin.marginals).tolist(), strict=True))
+    _, _, prices = relaxation(scores, costs, budgets, choices)
+    return dict(zip(budgets, prices.tolist(), strict=True))
 
 
 def relaxation(
     scores: np.ndarray, costs: Mapping[str, CostTable], budgets: Mapping[str, float], choices: Sequence[int]
-) -> optimize.OptimizeResult:
-    """Solve the program with mixtures of widths; `x` holds the shares, S x B of them, `fun` minus the score.
+) -> tuple[np.ndarray, float, np.ndarray]:
+    """Solve the program with mixtures of widths.
+
+    Returns:
+        shares of the widths of each slot, shape (S, B); the score, which no configuration exceeds; and the price of
+        each budget, score per unit.
 
     Raises:
-        InvalidParameterError, InfeasibleBudgetError: as :func:`allocate`.
+        As :func:`allocate`.
     """
+    scores = _checked_scores(scores, choices, None)
     problem = _normal_form(scores, costs, budgets, choices)
-    slots, widths = scores.shape
-    rows = np.array([costs[name].table.ravel() for name in budgets], dtype=np.float64).reshape(len(budgets), -1)
-    limits = np.array([budgets[name] - costs[name].fixed for name in budgets], dtype=np.float64)
-    one_per_slot = sparse.kron(sparse.eye_array(slots), np.ones((1, widths)))
-    unit = np.maximum(np.abs(rows).max(axis=1, initial=0.0), 1.0)  # rows of like size for the solver
-    height = np.abs(scores).max() or 1.0
-    with _silenced():
-        found = optimize.linprog(
-            -scores.ravel() / height,
-            A_ub=rows / unit[:, None] if len(rows) else None,
-            b_ub=limits / unit if len(rows) else None,
-            A_eq=one_per_slot,
-            b_eq=np.ones(slots),
-            bounds=(0, 1),
-            method="highs",
-        )
-    if found.x is None:
+    found = _relaxed(replace(problem, allowed=np.ones_like(problem.allowed)))
+    if found is None:
         raise InfeasibleBudgetError(_conflict(problem, costs, budgets))
-    found.fun *= height
-    found.ineqlin.marginals = found.ineqlin.marginals * height / unit
-    return found
+    shares, prices = found
+    return shares, float((scores * shares).sum()), prices
 
 
 def allocate_greedy(
@@ -405,7 +394,8 @@ def _core(problem: _Problem, start: np.ndarray) -> tuple[_Problem, np.ndarray]:
     """
     if problem.regret(start) == 0 or not len(problem.slacks):
         return problem, start
-    prices = _prices(problem)
+    relaxed = _relaxed(problem)
+    prices = np.zeros(len(problem.slacks)) if relaxed is None else relaxed[1]
     for factor in _PRICE_FACTORS:
         priced = problem.regrets + np.tensordot(factor * prices, problem.excesses, axes=1)
         other = _ascend(problem, np.where(problem.allowed, priced, np.inf).argmin(axis=1))
@@ -418,22 +408,30 @@ def _core(problem: _Problem, start: np.ndarray) -> tuple[_Problem, np.ndarray]:
     return replace(problem, allowed=problem.allowed & (bounds <= problem.regret(start) + rounding)), start
 
 
-def _prices(problem: _Problem) -> np.ndarray:
-    """Return the regret that one more unit of each slack would save in the relaxed program, at least 0."""
+def _relaxed(problem: _Problem) -> tuple[np.ndarray, np.ndarray] | None:
+    """Solve the program with mixtures of the allowed entries; None if even these exceed a slack.
+
+    Returns:
+        shares of the entries, shape (S, B), and the regret that one more unit of each slack would save, at least 0.
+    """
     slots, columns = np.nonzero(problem.allowed)
     height = problem.regrets[slots, columns].max() or 1.0
     unit = np.where(problem.slacks > 0, problem.slacks, 1.0)
+    bounded = {"A_ub": problem.excesses[:, slots, columns] / unit[:, None], "b_ub": problem.slacks / unit}
     with _silenced():
         found = optimize.linprog(
             problem.regrets[slots, columns] / height,
-            A_ub=problem.excesses[:, slots, columns] / unit[:, None],
-            b_ub=problem.slacks / unit,
             A_eq=sparse.csr_array((np.ones(len(slots)), (slots, np.arange(len(slots))))),
             b_eq=np.ones(len(problem.regrets)),
             bounds=(0, None),
             method="highs",
+            **(bounded if len(unit) else {}),
         )
-    return np.zeros(len(unit)) if found.x is None else np.maximum(-found.ineqlin.marginals, 0.0) * height / unit
+    if found.x is None:
+        return None
+    shares = np.zeros(problem.allowed.shape)
+    shares[slots, columns] = found.x
+    return shares, np.maximum(-found.ineqlin.marginals, 0.0) * height / unit
 
 
 def _solve(

@@ -106,9 +106,8 @@ def allocate_rounded(
     Raises:
         InfeasibleBudgetError: no configuration fits, or no rounding does.
     """
-    shares = relaxation(scores, costs, budgets, choices).x.reshape(scores.shape)
-    widths = np.arange(len(choices))
-    average = shares @ widths
+    shares, _, _ = relaxation(scores, costs, budgets, choices)
+    average = shares @ np.arange(len(choices))
     lower = np.floor(average + 1e-9).astype(int)
     fractional = np.flatnonzero(average - lower > 1e-6)[:ROUNDED]
     candidates = np.repeat(lower[None], 2 ** len(fractional), axis=0)

@@ -194,10 +194,7 @@ def save_onnx(path: pathlib.Path | str, network: QuantizedNetwork, example: torc
     buffer = io.BytesIO()
     axes = {"images": {0: "N"}, "logits": {0: "N"}}
     names = {"input_names": ["images"], "output_names": ["logits"], "dynamic_axes": axes}
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # the exporter of traced graphs is to be replaced by one that needs more packages
+    with warnings.catch_warnings(action="ignore"):  # this exporter is to give way to one that needs more packages
         torch.onnx.export(network.dequantized(), (example,), buffer, dynamo=False, opset_version=17, **names)
     model = version_converter.convert_version(onnx.load_from_string(buffer.getvalue()), ONNX_OPSET)
     graph = model.graph

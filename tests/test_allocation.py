@@ -340,10 +340,10 @@ def test_groups_that_overlap_or_name_no_slot_are_refused(groups):
 def test_a_shadow_price_is_what_a_little_more_budget_brings(seed):
     scores, costs, budgets = random_problem(seed, 12)
     prices = shadow_prices(scores, costs, budgets, CHOICES)
-    before = -relaxation(scores, costs, budgets, CHOICES).fun
+    _, before, _ = relaxation(scores, costs, budgets, CHOICES)
     for name, price in prices.items():
         more = budgets | {name: budgets[name] * (1 + 1e-7)}
-        gained = -relaxation(scores, costs, more, CHOICES).fun - before
+        gained = relaxation(scores, costs, more, CHOICES)[1] - before
         assert gained == pytest.approx(price * budgets[name] * 1e-7, rel=1e-3, abs=1e-12)
     assert any(price > 0 for price in prices.values())
     assert before >= allocate(scores, costs, budgets, CHOICES).score - 1e-12
