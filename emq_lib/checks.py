@@ -18,8 +18,17 @@ from emq_lib.bench import Bench, bits_text
 from emq_lib.block_reconstruction import WEIGHTS_ONLY, reconstruct_in_order
 from emq_lib.datasets import ImageData
 from emq_lib.errors import InvalidParameterError
-from emq_lib.measuring import PARTIAL, PartialRows, load_network, measure, measure_resumably, row_keys, row_of
-from emq_lib.models import fold_batchnorm, layer_table, load_checkpoint
+from emq_lib.measuring import (
+    PARTIAL,
+    PartialRows,
+    load_folded,
+    load_network,
+    measure,
+    measure_resumably,
+    row_keys,
+    row_of,
+)
+from emq_lib.models import layer_table
 from emq_lib.profiles import QUANTIZERS, Profile
 from emq_lib.quantizers import choose_activation_ranges
 
@@ -83,8 +92,8 @@ def _measure_in_order(profile: Profile, data: ImageData, configs: np.ndarray) ->
 
     Also returns the wall time in seconds of everything that was kept on disk.
     """
-    model = fold_batchnorm(load_checkpoint(profile, checked_path(profile, "model.safetensors")))
-    model, layers = model.to(data.test.images.device), layer_table(model, profile)
+    model = load_folded(profile, data.test.images.device)
+    layers = layer_table(model, profile)
     ranges = choose_activation_ranges(model, layers, data.calibration, bits=profile.activation_bits)
     split = data.test[: profile.bench_images or len(data.test)]
     finished = PartialRows(study_folder(profile) / PARTIAL)

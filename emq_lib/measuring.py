@@ -159,6 +159,11 @@ def _shared_pieces(previous: tuple[int, ...], config: tuple[int, ...], depth: np
     return int(np.searchsorted(depth, differs, side="right"))
 
 
+def load_folded(profile: Profile, device: torch.device | str) -> torch.fx.GraphModule:
+    """Return the study's float network with folded batch norm, from the checkpoint in the study's folder."""
+    return fold_batchnorm(load_checkpoint(profile, checked_path(profile, "model.safetensors"))).to(device)
+
+
 def load_network(profile: Profile, data: ImageData) -> tuple[QuantizedNetwork, pd.DataFrame]:
     """Return the study's quantized network and its layer table, from the checkpoint in the study's folder.
 
@@ -166,8 +171,8 @@ def load_network(profile: Profile, data: ImageData) -> tuple[QuantizedNetwork, p
         DatasetMismatchError: the images have another number of classes than the network.
         UnsupportedModelError: a layer sees NaN or infinity, or cannot be quantized.
     """
-    model = fold_batchnorm(load_checkpoint(profile, checked_path(profile, "model.safetensors")))
-    model, layers = model.to(data.test.images.device), layer_table(model, profile)
+    model = load_folded(profile, data.test.images.device)
+    layers = layer_table(model, profile)
     if data.classes != layers["channels"].iloc[-1]:
         raise DatasetMismatchError(
             f"The images have {data.classes} classes, but the checkpoint of {profile.name!r} tells "

@@ -1,0 +1,253 @@
+"""What each method's bits are worth: the same configurations under every quantizer, over several seeds.
+
+Explained in chapter 05.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import functools
+import hashlib
+import itertools
+import multiprocessing
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from emq_lib import block_reconstruction, measuring
+from emq_lib.allocation import budget_for_average_bits
+from emq_lib.approximate import random_within
+from emq_lib.artefacts import (
+    atomic_path,
+    checked_path,
+    record,
+    sole_writer,
+    source_hash,
+    study_folder,
+    to_json,
+)
+from emq_lib.bench import Bench, bits_text, has_study, parse_bits
+from emq_lib.block_reconstruction import LAPTOP, Settings, reconstruct_in_order
+from emq_lib.checks import with_calibration
+from emq_lib.costs import bops_cost, size_cost
+from emq_lib.datasets import ImageData, load_dataset
+from emq_lib.measuring import PartialRows, load_folded, load_network, measure, measure_resumably, row_keys
+from emq_lib.profiles import QUANTIZERS, Profile
+from emq_lib.quantization import load_quantization
+from emq_lib.reconstruction import Rounding, learn_rounding
+
+BUDGETS = (2.25, 2.5, 3.0, 3.5)
+COMPARED = ("uniform", "random", "bit sum", "HAWQ-V2", "OMPQ", "one-layer KL", "evolved", "evolved for allocation")
+BEST_OF_RANDOM = "best of random"
+FILE, PARTIAL = "comparison.parquet", "comparison.partial.jsonl"
+RECONSTRUCTED = "brecq"
+KEPT = ["top1", "loss", "correct", "quantize_seconds"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One quantizer with one draw of calibration images, applied to some configurations given as text."""
+
+    quantizer: str
+    seed: int
+    configs: tuple[str, ...]
+
+
+def choose(profile: Profile, data: ImageData) -> pd.DataFrame:
+    """Return the configurations to compare.
+
+    Those that the methods chose in :mod:`emq_lib.quantization`, a random one per seed, and the best random one.
+
+    Returns:
+        columns proxy, average_bits, seed, bits (text), search_seconds; seed is -1 where the choice has none.
+    """
+    chosen = load_quantization(profile).rename(columns={"seconds": "search_seconds"})
+    chosen = chosen[chosen["proxy"].isin(COMPARED) & chosen["average_bits"].isin(BUDGETS)]
+    chosen = chosen.assign(seed=chosen["seed"].where(chosen["proxy"] == "random", -1))
+    columns = ["proxy", "average_bits", "seed", "bits", "search_seconds"]
+    return pd.concat([chosen[columns], _best_of_random(profile, data)[columns]], ignore_index=True)
+
+
+def _best_of_random(profile: Profile, data: ImageData) -> pd.DataFrame:
+    """Draw random configurations of each budget's size, as many as the search looked at; keep the best on half A."""
+    network, layers = load_network(profile, data)
+    size = size_cost(layers, profile.choices)
+    count = len(Bench.load(profile).split("stratified")[0])
+    rows = []
+    for average in BUDGETS:
+        budget, rng = budget_for_average_bits(average, size, profile.choices), profile.rng(f"many random at {average}")
+        drawn = [random_within(size, budget, profile.choices, rng=rng) for _ in range(count)]
+        configs = np.array(list(dict.fromkeys(drawn)), dtype=np.int8)
+        images = (profile.bench_images or len(data.test)) // 2
+        started = time.perf_counter()
+        measured, _ = measure_resumably(profile, network, data, configs, images=images)
+        best = configs[measured["top1"].idxmax()]
+        seconds = time.perf_counter() - started
+        row = {"proxy": BEST_OF_RANDOM, "average_bits": average, "seed": -1}
+        rows.append(row | {"bits": bits_text(best), "search_seconds": seconds})
+    return pd.DataFrame(rows)
+
+
+def build_comparison(
+    profile: Profile,
+    data: ImageData,
+    *,
+    settings: Settings = LAPTOP,
+    seeds: int = 3,
+    quantizers: Sequence[str] = (*QUANTIZERS, RECONSTRUCTED),
+    workers: int | None = None,
+) -> None:
+    """Quantize every method's choice by every quantizer from several seeds; write ``comparison.parquet``.
+
+    A seed draws the calibration images (seed 0: the study's), the batches of reconstruction, and the random
+    configuration. All test images are measured. Can be interrupted and called again; rows of an earlier table that
+    still hold are taken over, so that more seeds or quantizers extend it.
+
+    Args:
+        profile: the study; ``quantization.csv`` must exist.
+        data: its images.
+        settings: of "brecq".
+        seeds: how many.
+        quantizers: which.
+        workers: processes that share the work, one thread each; None: one per processor. With 1 this process works.
+
+    Raises:
+        StudyBusyError: another run is writing the study.
+        DiskFullError: no room; what was measured is kept.
+    """
+    folder = study_folder(profile)
+    with sole_writer(profile):
+        started = time.perf_counter()
+        chosen = choose(profile, data)
+        wanted = pd.concat(
+            [
+                chosen[chosen["seed"].isin((-1, seed))].assign(quantizer=quantizer, seed=seed)
+                for quantizer, seed in itertools.product(quantizers, range(seeds))
+            ],
+            ignore_index=True,
+        )
+        finished = PartialRows(folder / PARTIAL)
+        rows = _present_rows(profile) | finished.read()
+        wanted["key"] = _keys(profile, data, wanted, settings)
+        missing = wanted[~wanted["key"].isin(rows)].drop_duplicates("key")
+        jobs = _jobs(missing)
+        key_of = missing.set_index(["quantizer", "seed", "bits"])["key"].to_dict()
+        with tqdm(total=len(missing), desc=f"{profile.name}, comparison", unit="network") as progress:
+            for job, found in _run(profile, data, settings, jobs, workers):
+                new = {key_of[job.quantizer, job.seed, bits]: row for bits, row in found.items()}
+                finished.append(new, seconds=sum(row["quantize_seconds"] for row in new.values()))
+                rows |= new
+                progress.update(len(new))
+        table = wanted.join(pd.DataFrame([rows[key] for key in wanted["key"]])[KEPT])
+        table["correct"] = table["correct"].map(base64.b64decode)
+        _, layers = load_network(profile, data)
+        configs = np.array([parse_bits(bits) for bits in table["bits"]], dtype=np.int8)
+        bops = bops_cost(layers, profile.choices, activation_bits=profile.activation_bits)
+        table["size_bytes"] = size_cost(layers, profile.choices).total(configs, profile.choices).astype(np.int64)
+        table["bops"] = bops.total(configs, profile.choices).astype(np.int64)
+        table["images"] = len(data.test)
+        with atomic_path(folder / FILE) as path:
+            table.to_parquet(path, index=False, compression="zstd")
+        command = f"emq_lib.comparison.build_comparison on {profile.name}"
+        note = f"brecq: {settings.iterations} steps per block for weights, {settings.activation_iterations} for inputs"
+        record(profile, FILE, command=command, seconds=time.perf_counter() - started, rows=len(table), note=note)
+        for name in (PARTIAL, measuring.PARTIAL):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _jobs(missing: pd.DataFrame) -> list[Job]:
+    """Return the work: reconstruction in order costs a job for every configuration, the others one for all of them."""
+    jobs = []
+    for (quantizer, seed), group in missing.groupby(["quantizer", "seed"], sort=False):
+        configs = tuple(group["bits"])
+        parts = [(bits,) for bits in configs] if quantizer == RECONSTRUCTED else [configs]
+        jobs += [Job(quantizer, seed, part) for part in parts]
+    return jobs
+
+
+def _run(
+    profile: Profile, data: ImageData, settings: Settings, jobs: Sequence[Job], workers: int | None
+) -> Iterator[tuple[Job, dict]]:
+    """Yield the jobs with their rows, in order."""
+    if workers == 1:
+        yield from ((job, quantize_and_measure(profile, data, settings, job)) for job in jobs)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from zip(jobs, pool.map(functools.partial(_work, profile, settings), jobs), strict=True)
+
+
+def _work(profile: Profile, settings: Settings, job: Job) -> dict[str, dict]:
+    return quantize_and_measure(profile, _images(profile), settings, job)
+
+
+_images = functools.lru_cache(maxsize=1)(load_dataset)
+
+
+def quantize_and_measure(profile: Profile, data: ImageData, settings: Settings, job: Job) -> dict[str, dict]:
+    """Return the rows of a job: bits (text) -> top1, loss, correct (which images, packed, in base64), quantize_seconds.
+
+    Args:
+        profile: the study.
+        data: its images.
+        settings: of "brecq".
+        job: what to do.
+    """
+    started = time.perf_counter()
+    drawn = with_calibration(data, job.seed)
+    variant = dataclasses.replace(profile, quantizer=job.quantizer if job.quantizer in QUANTIZERS else QUANTIZERS[0])
+    network, layers = load_network(variant, drawn)
+    configs = np.array([parse_bits(bits) for bits in job.configs], dtype=np.int8)
+    if job.quantizer == RECONSTRUCTED:
+        float_network, ranges = load_folded(profile, data.test.images.device), network.activation_ranges
+        generator = profile.generator(f"comparison, seed {job.seed}")
+        network = reconstruct_in_order(
+            float_network, layers, configs[0], drawn.calibration, ranges, generator=generator, settings=settings
+        )
+    seconds = time.perf_counter() - started
+    rows = {}
+    for item in itertools.chain.from_iterable(measure(network, data.test, configs)):
+        correct = base64.b64encode(np.packbits(item.correct)).decode()
+        facts = {"top1": item.top1, "loss": item.loss, "correct": correct}
+        rows[bits_text(item.config)] = facts | {"quantize_seconds": seconds / len(configs)}
+    return rows
+
+
+def _keys(profile: Profile, data: ImageData, wanted: pd.DataFrame, settings: Settings) -> list[str]:
+    """Return a key per row: a hash of everything that it depends on."""
+    keys = {}
+    for (quantizer, seed), group in wanted.groupby(["quantizer", "seed"]):
+        variant = dataclasses.replace(profile, quantizer=quantizer if quantizer in QUANTIZERS else QUANTIZERS[0])
+        configs = np.array([parse_bits(bits) for bits in group["bits"]])
+        plain = row_keys(variant, with_calibration(data, seed), len(data.test), configs)
+        how = ""
+        if quantizer == RECONSTRUCTED:
+            how = to_json([dataclasses.asdict(settings), source_hash(block_reconstruction, learn_rounding, Rounding)])
+        for index, key in zip(group.index, plain, strict=True):
+            keys[index] = hashlib.blake2b(f"{quantizer} {how} {key}".encode(), digest_size=12).hexdigest()
+    return [keys[index] for index in wanted.index]
+
+
+def _present_rows(profile: Profile) -> dict[str, dict]:
+    """Return key -> row of the study's present table."""
+    if not has_study(profile, FILE):
+        return {}
+    table = pd.read_parquet(checked_path(profile, FILE)).drop_duplicates("key").set_index("key")
+    table["correct"] = table["correct"].map(lambda packed: base64.b64encode(packed).decode())
+    return table[KEPT].to_dict("index")
+
+
+def load_comparison(profile: Profile) -> pd.DataFrame:
+    """Return the study's table of :func:`build_comparison`, with `hits`: bool arrays, one entry per test image."""
+    table = pd.read_parquet(checked_path(profile, FILE))
+    hits = [
+        np.unpackbits(np.frombuffer(row.correct, np.uint8), count=row.images).astype(bool) for row in table.itertuples()
+    ]
+    return table.drop(columns="correct").assign(hits=hits)
