@@ -131,7 +131,7 @@ def _learn_steps(
         target = _apply(piece, {}, exact)
         steps = {name: torch.tensor([ranges[name].scale], device=images.device, requires_grad=True) for name in names}
         optimizer = torch.optim.Adam(steps.values(), lr=settings.activation_rate)
-        with pre_hooks(piece, {name: _rounding(ranges[name], steps[name]) for name in names}):
+        with pre_hooks(piece, {name: learned_step(ranges[name], steps[name]) for name in names}):
             before = F.mse_loss(_apply(piece, now, changed), target)
             for _ in range(settings.activation_iterations):
                 rows = torch.randint(len(images), (settings.batch,), generator=generator).to(images.device)
@@ -147,8 +147,13 @@ def _learn_steps(
     return learned
 
 
-def _rounding(seen: ActivationRange, step: torch.Tensor) -> Callable:
-    """Return a hook that rounds a layer's input with a step that gradients reach."""
+def learned_step(seen: ActivationRange, step: torch.Tensor) -> Callable:
+    """Return a hook that rounds a layer's input with a step that gradients reach (LSQ; Esser et al. 2020).
+
+    Args:
+        seen: gives the width and the zero point.
+        step: the scale, shape (1,).
+    """
     zero_point = torch.tensor([float(seen.zero_point)], device=step.device)
 
     def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
