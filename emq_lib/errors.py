@@ -69,6 +69,10 @@ class UnsolvedAllocationError(EMQError, RuntimeError):
     """A solver that stopped without any configuration."""
 
 
+class TrainingDivergedError(EMQError, RuntimeError):
+    """A training whose numbers ran away."""
+
+
 class GenotypeSyntaxError(EMQError, ValueError):
     """A text that is not a genotype."""
 

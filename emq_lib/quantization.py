@@ -6,6 +6,7 @@ Explained in chapters 04 and 05.
 from __future__ import annotations
 
 import copy
+import pathlib
 import time
 import warnings
 from collections.abc import Mapping
@@ -29,10 +30,11 @@ from emq_lib.models import fold_batchnorm
 from emq_lib.planning import plan_bits
 from emq_lib.profiles import Profile
 from emq_lib.proxies import score
+from emq_lib.qat import QAT, QatRecipe, train_quantized
 from emq_lib.quantizers import QuantizedNetwork, WeightBank, choose_activation_ranges, quantize
 from emq_lib.reconstruction import adaround, second_moments
 
-METHODS = ("rtn", "adaround", "brecq")
+METHODS = ("rtn", "adaround", "brecq", "qat")
 FRONT = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75)
 FRONT_METHODS = ("bit sum", "HAWQ-V2", "sqrt one-layer KL", "evolved", "evolved for rho", "evolved for allocation")
 RANDOM_DRAWS = 5
@@ -49,6 +51,9 @@ def quantize_model(
     activation_bits: int = 8,
     method: str = "rtn",
     settings: Settings = PAPER,
+    training: Split | None = None,
+    recipe: QatRecipe = QAT,
+    resume: pathlib.Path | None = None,
     seed: int = 0,
     verbose: bool = True,
 ) -> QuantizedNetwork:
@@ -64,9 +69,12 @@ def quantize_model(
         activation_bits: width of every quantized layer's input.
         method: "rtn": to nearest, with range search. "adaround": each layer's directions of rounding learned on float
             inputs. "brecq": block after block, on the inputs that the quantized blocks before give, then the steps of
-            the activations.
+            the activations. "qat": the whole network trained while it is rounded, with learned steps.
         settings: of "brecq": the paper's, or :data:`emq_lib.block_reconstruction.LAPTOP` for minutes without a GPU.
-        seed: of the batches of "brecq".
+        training: images and labels that "qat" trains on.
+        recipe: of "qat".
+        resume: file that takes the state of "qat" after every epoch: an interrupted call goes on from there.
+        seed: of the batches of "brecq" and "qat".
         verbose: print the plan.
 
     Returns:
@@ -74,13 +82,15 @@ def quantize_model(
         names them, and so does a warning.
 
     Raises:
-        InvalidParameterError: an unknown method, patterns that match nothing or twice, calibration images of the wrong
-            shape or with NaN.
+        InvalidParameterError: an unknown method, "qat" without training images, patterns that match nothing or twice,
+            calibration images of the wrong shape or with NaN.
         InvalidBitsError: a width outside 1 to 8.
         UnsupportedModelError: the network cannot be traced, or runs a layer twice.
     """
     if method not in METHODS:
         raise InvalidParameterError(f"unknown method {method!r}; there are {', '.join(METHODS)}.")
+    if method == "qat" and training is None:
+        raise InvalidParameterError('"qat" trains the network: pass the images and labels as training=Split(...).')
     images = calibration if isinstance(calibration, Split) else Inputs(calibration)
     folded = _traced(model)
     example = _example(folded, images)
@@ -91,9 +101,10 @@ def quantize_model(
         warnings.warn(f"left in floating point: {', '.join(name for name, _ in plan.kept)}", stacklevel=2)
     layers = plan.layers.assign(searchable=True, slot=range(len(plan.layers)))
     ranges = choose_activation_ranges(folded, layers, images, bits=activation_bits)
-    config = tuple(plan.bits.values())
+    config, generator = tuple(plan.bits.values()), torch.Generator().manual_seed(seed)
+    if method == "qat":
+        return train_quantized(folded, plan.bits, ranges, training, generator=generator, recipe=recipe, resume=resume)
     if method == "brecq":
-        generator = torch.Generator().manual_seed(seed)
         return reconstruct_in_order(folded, layers, config, images, ranges, generator=generator, settings=settings)
     original = {name: folded.get_submodule(name).weight for name in plan.bits}
     if method == "rtn":

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import pathlib
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +22,16 @@ from emq_lib.models import build_model, load_pretrained, predict, top1
 from emq_lib.profiles import Profile, TrainingRecipe
 
 HALF_PRECISION_COST = 0.05  # points of validation top-1 that storing half precision may cost
+
+
+class Stateful(Protocol):
+    """What has a state that can be saved and restored: a network, an optimizer, a schedule."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> object:
+        """Take a state."""
 
 
 @dataclass(frozen=True)
@@ -47,44 +60,73 @@ def train(profile: Profile, data: ImageData, *, resume: pathlib.Path | None = No
     """
     recipe, steps = profile.training, -(-len(data.train) // profile.training.batch_size)
     model, generator = build_model(profile).to(data.train.images.device), profile.generator("training")
+    best = copy.deepcopy(model)
     optimizer = torch.optim.SGD(
         _parameter_groups(model, recipe.weight_decay), lr=recipe.max_lr, momentum=recipe.momentum, nesterov=True
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.max_lr, total_steps=recipe.epochs * steps, cycle_momentum=False
     )
-    stateful = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    history, seconds = [], 0.0
-    best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def epoch(history: Sequence[float]) -> float:
+        train_epoch(model.train(), data.train, recipe, optimizer, schedule, loss=label_loss, generator=generator)
+        found = top1(predict(model.eval(), data.validation), data.validation.labels)
+        if found >= max(history, default=0.0):
+            best.load_state_dict(model.state_dict())
+        return found
+
+    parts = {"model": model, "best": best, "optimizer": optimizer, "schedule": schedule}
+    history, seconds = run_epochs(
+        epoch, recipe.epochs, parts, generator=generator, identity=_identity(profile), resume=resume
+    )
+    chosen = len(history) - history[::-1].index(max(history))
+    return TrainingResult(best.eval(), chosen, tuple(history), seconds)
+
+
+def run_epochs(
+    epoch: Callable[[Sequence[float]], float],
+    epochs: int,
+    parts: Mapping[str, Stateful],
+    *,
+    generator: torch.Generator,
+    identity: str,
+    resume: pathlib.Path | None,
+) -> tuple[list[float], float]:
+    """Run epochs of training that may be interrupted.
+
+    Args:
+        epoch: the results of the epochs before -> the result of one more.
+        epochs: how many there are to be.
+        parts: name -> what changes: networks, optimizer, schedule.
+        generator: source of randomness.
+        identity: everything that the training depends on, as text.
+        resume: file that takes the state after every epoch. If it exists, training goes on from there; it is removed
+            when training is complete.
+
+    Returns:
+        the results of all epochs, and the wall time in seconds, earlier runs included.
+
+    Raises:
+        CorruptArtefactError: the resume file is unreadable or belongs to another training.
+    """
+    results, seconds = [], 0.0
     if resume is not None and resume.exists():
-        state = _load_resume(resume, profile)
-        for name, part in stateful.items():
+        state = _load_resume(resume, identity)
+        for name, part in parts.items():
             part.load_state_dict(state[name])
         generator.set_state(state["generator"])
-        history, best, seconds = state["history"], state["best"], state["seconds"]
-    for _ in tqdm(range(len(history), recipe.epochs), initial=len(history), total=recipe.epochs, desc="epochs"):
+        results, seconds = state["results"], state["seconds"]
+    for _ in tqdm(range(len(results), epochs), initial=len(results), total=epochs, desc="epochs"):
         started = time.perf_counter()
-        _train_epoch(model.train(), data.train, recipe, optimizer, schedule, generator=generator)
-        history.append(top1(predict(model.eval(), data.validation), data.validation.labels))
-        if history[-1] >= max(history):
-            best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        results.append(epoch(results))
         seconds += time.perf_counter() - started
         if resume is not None:
-            parts = {name: part.state_dict() for name, part in stateful.items()}
+            facts = {"identity": identity, "generator": generator.get_state(), "results": results, "seconds": seconds}
             with atomic_path(resume) as path:
-                extra = {
-                    "identity": _identity(profile),
-                    "generator": generator.get_state(),
-                    "history": history,
-                    "best": best,
-                }
-                extra |= {"seconds": seconds}
-                torch.save(parts | extra, path)
-    model.load_state_dict(best)
+                torch.save({name: part.state_dict() for name, part in parts.items()} | facts, path)
     if resume is not None:
         resume.unlink(missing_ok=True)
-    epoch = len(history) - history[::-1].index(max(history))
-    return TrainingResult(model.eval(), epoch, tuple(history), seconds)
+    return results, seconds
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -99,35 +141,52 @@ def _identity(profile: Profile) -> str:
     return repr((profile.dataset, profile.model, profile.training, profile.seed, profile.validation_images))
 
 
-def _load_resume(path: pathlib.Path, profile: Profile) -> dict:
+def _load_resume(path: pathlib.Path, identity: str) -> dict:
     try:
         state = torch.load(path, weights_only=True)
     except (RuntimeError, EOFError, OSError) as error:
         raise CorruptArtefactError(f"{path} cannot be read ({error}). Delete it to train from the start.") from error
-    if state.get("identity") != _identity(profile):
-        raise CorruptArtefactError(f"{path} belongs to another {profile.name!r}. Delete it to start afresh.")
+    if state.get("identity") != identity:
+        raise CorruptArtefactError(f"{path} belongs to another training. Delete it to start afresh.")
     return state
 
 
-def _train_epoch(
+def label_loss(_inputs: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the mean cross-entropy of logits (N, classes) and labels (N,)."""
+    return F.cross_entropy(logits, labels)
+
+
+def train_epoch(
     model: nn.Module,
     split: Split,
     recipe: TrainingRecipe,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     *,
+    loss: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
     generator: torch.Generator,
 ) -> None:
-    """Pass once over the training images in random order, augmented."""
+    """Pass once over the training images in random order, augmented.
+
+    Args:
+        model: the network, in the mode it is to be trained in.
+        split: the images.
+        recipe: batch size, augmentation and precision.
+        optimizer: steps after every batch.
+        schedule: steps after every batch.
+        loss: inputs, float32 logits and labels of a batch -> what is minimized.
+        generator: source of the order and of augmentation, on the CPU.
+    """
     device = split.images.device
     low_precision = recipe.precision == "bfloat16"
     for indices in torch.randperm(len(split), generator=generator).split(recipe.batch_size):
         batch = augment(split[indices.to(device)], padding=recipe.crop_padding, flip=recipe.flip, generator=generator)
         context = torch.autocast(device.type, torch.bfloat16) if low_precision else contextlib.nullcontext()
+        inputs = batch.inputs()
         with context:
-            loss = F.cross_entropy(model(batch.inputs()).float(), batch.labels)
+            found = loss(inputs, model(inputs).float(), batch.labels)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        found.backward()
         optimizer.step()
         schedule.step()
 

@@ -15,6 +15,7 @@ from emq_lib.errors import InvalidParameterError, UnsupportedModelError
 from emq_lib.layer_statistics import load_statistics
 from emq_lib.measuring import load_network
 from emq_lib.proxies import score_table
+from emq_lib.qat import QatRecipe
 
 
 @pytest.fixture
@@ -39,10 +40,18 @@ def test_learned_rounding_changes_logits_less_than_rounding_to_nearest(model, da
     lost = {}
     for method in quantization.METHODS:
         found = quantization.quantize_model(
-            model, data.calibration, default=2, method=method, settings=LAPTOP, verbose=False
+            model,
+            data.calibration,
+            default=2,
+            method=method,
+            settings=LAPTOP,
+            training=data.train,
+            recipe=QatRecipe(epochs=6, batch_size=64, crop_padding=1, flip=False, distillation=1.0),
+            verbose=False,
         )
         lost[method] = (models.predict(found, data.test) - exact).square().mean().item()
     assert lost["brecq"] < lost["adaround"] < lost["rtn"]
+    assert lost["qat"] < lost["adaround"]
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
 
 
@@ -72,6 +81,8 @@ def test_what_cannot_be_done_is_named(model, data):
     spoilt[3, 0, 0, 0] = torch.nan
     with pytest.raises(InvalidParameterError, match="unknown method 'gptq'"):
         quantization.quantize_model(model, images, method="gptq")
+    with pytest.raises(InvalidParameterError, match="pass the images and labels"):
+        quantization.quantize_model(model, images, method="qat")
     with pytest.raises(InvalidParameterError, match="hold no NaN"):
         quantization.quantize_model(model, spoilt)
     with pytest.raises(InvalidParameterError, match=r"does not take calibration images of shape \(3, 16, 16\)"):

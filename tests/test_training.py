@@ -20,7 +20,7 @@ def short(profile):
 
 def test_interrupted_and_resumed_gives_the_same_weights(short, data, tmp_path, monkeypatch):
     whole = training.train(short, data)
-    resume, epochs, run = tmp_path / "training.resume", [], training._train_epoch
+    resume, epochs, run = tmp_path / "training.resume", [], training.train_epoch
 
     def stops(*args, **kwargs):
         if epochs:
@@ -28,10 +28,10 @@ def test_interrupted_and_resumed_gives_the_same_weights(short, data, tmp_path, m
         epochs.append(1)
         run(*args, **kwargs)
 
-    monkeypatch.setattr(training, "_train_epoch", stops)
+    monkeypatch.setattr(training, "train_epoch", stops)
     with pytest.raises(KeyboardInterrupt):
         training.train(short, data, resume=resume)
-    monkeypatch.setattr(training, "_train_epoch", run)
+    monkeypatch.setattr(training, "train_epoch", run)
     resumed = training.train(short, data, resume=resume)
     assert resumed.validation_top1 == whole.validation_top1
     assert not resume.exists()
