@@ -33,7 +33,7 @@ from emq_lib.artefacts import (
     study_folder,
     to_json,
 )
-from emq_lib.bench import Bench, bits_text, has_study, parse_bits
+from emq_lib.bench import Bench, bits_text, has_study, load_layers, parse_bits
 from emq_lib.block_reconstruction import LAPTOP, Settings, reconstruct_in_order
 from emq_lib.checks import with_calibration
 from emq_lib.costs import bops_cost, size_cost
@@ -77,22 +77,32 @@ def choose(profile: Profile, data: ImageData) -> pd.DataFrame:
 
 def _best_of_random(profile: Profile, data: ImageData) -> pd.DataFrame:
     """Draw random configurations of each budget's size, as many as the search looked at; keep the best on half A."""
-    network, layers = load_network(profile, data)
-    size = size_cost(layers, profile.choices)
-    count = len(Bench.load(profile).split("stratified")[0])
-    rows = []
+    network, _ = load_network(profile, data)
+    images, rows = (profile.bench_images or len(data.test)) // 2, []
     for average in BUDGETS:
-        budget, rng = budget_for_average_bits(average, size, profile.choices), profile.rng(f"many random at {average}")
-        drawn = [random_within(size, budget, profile.choices, rng=rng) for _ in range(count)]
-        configs = np.array(list(dict.fromkeys(drawn)), dtype=np.int8)
-        images = (profile.bench_images or len(data.test)) // 2
         started = time.perf_counter()
+        texts = drawn_at_random(profile, average)
+        configs = np.array([parse_bits(text) for text in texts], dtype=np.int8)
         measured, _ = measure_resumably(profile, network, data, configs, images=images)
-        best = configs[measured["top1"].idxmax()]
+        best = texts[measured["top1"].argmax()]
         seconds = time.perf_counter() - started
         row = {"proxy": BEST_OF_RANDOM, "average_bits": average, "seed": -1}
-        rows.append(row | {"bits": bits_text(best), "search_seconds": seconds})
+        rows.append(row | {"bits": best, "search_seconds": seconds})
     return pd.DataFrame(rows)
+
+
+def drawn_at_random(profile: Profile, average: float) -> list[str]:
+    """Return random configurations (text) of one budget's size, drawn as often as the search looked at one.
+
+    Args:
+        profile: the study; its bench must exist.
+        average: the budget in average bits.
+    """
+    size = size_cost(load_layers(profile), profile.choices)
+    budget, rng = budget_for_average_bits(average, size, profile.choices), profile.rng(f"many random at {average}")
+    count = len(Bench.load(profile).split("stratified")[0])
+    drawn = (random_within(size, budget, profile.choices, rng=rng) for _ in range(count))
+    return list(dict.fromkeys(map(bits_text, drawn)))
 
 
 def build_comparison(

@@ -262,6 +262,10 @@ class QuantizedLayer(nn.Module):
         """The quantized weight at the selected bits."""
         return self._weights[self.bits]
 
+    def factor(self) -> torch.Tensor:
+        """Return what the sums of integers are multiplied by: one scale per output channel, shape (C_out, 1, 1)."""
+        return self._scales[self.bits]
+
     def dequantized(self) -> nn.Conv2d | nn.Linear:
         """Return a float layer with the quantized weight at the selected bits."""
         layer = copy.deepcopy(self._float[0])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 
+import pandas as pd
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton, which looks only then
 
-from emq_lib import bench, layer_statistics, training
+from emq_lib import artefacts, bench, layer_statistics, training
 from emq_lib.datasets import load_dataset
 from emq_lib.profiles import get_profile
 
@@ -60,3 +61,23 @@ def own_study(built_study, tmp_path, monkeypatch, profile):
     shutil.copytree(built_study, tmp_path / "studies")
     monkeypatch.setenv("EMQ_STUDY_ROOT", str(tmp_path / "studies"))
     return tmp_path / "studies" / profile.name
+
+
+@pytest.fixture
+def choices(own_study, profile):
+    """Write a small ``quantization.csv`` into a copy of the live study: three methods at the budgets of chapter 05."""
+    methods = {
+        "uniform": {3.0: "333333"},
+        "one-layer KL": {2.25: "322222", 3.0: "433322"},
+        "evolved for allocation": {2.25: "322222", 2.5: "333322", 3.0: "443322"},
+        "random": {3.0: "234432"},
+    }
+    rows = [
+        {"proxy": name, "variant": "x", "average_bits": average, "seed": 0, "bits": bits, "seconds": 1.0}
+        for name, chosen in methods.items()
+        for average, bits in chosen.items()
+    ]
+    table = pd.DataFrame(rows).assign(correct_b=1, n_b=2)
+    table.to_csv(own_study / "quantization.csv", index=False)
+    artefacts.record(profile, "quantization.csv", command="by hand", seconds=0.0, rows=len(table))
+    return table

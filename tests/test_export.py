@@ -229,6 +229,14 @@ def test_another_runtime_predicts_the_same_from_the_onnx_file(network, data, tmp
     assert (found - mine).abs().mean() < 0.02 * mine.abs().mean()
 
 
+def test_with_exact_sums_another_runtime_computes_the_same_numbers(network, data, tmp_path):
+    path = tmp_path / "network.onnx"
+    export.save_onnx(path, network, data.test[:1].inputs(), exact=True)
+    mine, found = models.predict(network, data.test), _run(path, data.test)
+    assert torch.equal(found.argmax(dim=1), mine.argmax(dim=1))
+    assert (found == mine).all(dim=1).float().mean() > 0.95
+
+
 def test_the_onnx_file_holds_the_codes_in_4_or_8_bits(network, data, tmp_path):
     path = tmp_path / "network.onnx"
     export.save_onnx(path, network, data.test[:1].inputs())

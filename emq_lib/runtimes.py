@@ -1,0 +1,165 @@
+"""The exported files outside PyTorch: whether onnxruntime predicts the same, and whether it gets faster.
+
+Explained in chapter 05.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import tempfile
+import time
+
+import numpy as np
+import onnxruntime
+import pandas as pd
+import torch
+
+from emq_lib.artefacts import atomic_path, checked_path, record, sole_writer, study_folder
+from emq_lib.bench import bits_text, parse_bits
+from emq_lib.datasets import ImageData, Split
+from emq_lib.export import load_packed, save_onnx, save_packed
+from emq_lib.measuring import load_folded, load_network
+from emq_lib.models import predict, top1
+from emq_lib.profiles import Profile
+from emq_lib.quantization import load_quantization
+from emq_lib.quantizers import QuantizedNetwork, WeightBank
+from emq_lib.report import mean_with_interval
+
+MIXED, AVERAGE, WIDE = "evolved for allocation", 2.5, (4, 8)
+ROUNDS, CALLS, BATCHES = 30, 10, (1, 32)
+
+
+def run_onnx(path: pathlib.Path, images: Split, *, optimized: bool, batch_size: int = 500) -> torch.Tensor:
+    """Return the logits (N, classes) that onnxruntime computes on the CPU.
+
+    Args:
+        path: an ONNX file of :func:`emq_lib.export.save_onnx`.
+        images: the images.
+        optimized: whether onnxruntime may rewrite the graph, which moves roundings.
+        batch_size: images per call.
+    """
+    session = _session(path, optimized=optimized)
+    parts = [images[first : first + batch_size] for first in range(0, len(images), batch_size)]
+    return torch.cat([torch.from_numpy(session.run(None, _feed(part))[0]) for part in parts])
+
+
+def _session(path: pathlib.Path, *, optimized: bool) -> onnxruntime.InferenceSession:
+    """Return a session of one thread, so that timings are those of the arithmetic."""
+    levels, options = onnxruntime.GraphOptimizationLevel, onnxruntime.SessionOptions()
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _feed(images: Split) -> dict[str, np.ndarray]:
+    return {"images": images.inputs().contiguous().numpy()}
+
+
+def packed_network(profile: Profile, path: pathlib.Path, network: QuantizedNetwork) -> QuantizedNetwork:
+    """Return a network of nothing but what a packed file holds, with the input ranges of the network it was made of.
+
+    Args:
+        profile: gives the float network, whose weights and biases are replaced.
+        path: a file of :func:`emq_lib.export.save_packed`.
+        network: gives the ranges.
+    """
+    weights, biases, _ = load_packed(path)
+    model = load_folded(profile, "cpu")
+    for name in weights:
+        layer = model.get_submodule(name)
+        layer.weight.data.zero_()
+        layer.bias.data.copy_(biases[name])
+    bits = {name: weight.bits for name, weight in weights.items()}
+    entries = {(name, weight.bits): weight for name, weight in weights.items()}
+    bank = WeightBank(tuple(sorted(set(bits.values()))), tuple(bits), tuple(range(len(bits))), (), entries)
+    return QuantizedNetwork(model, bank, network.activation_ranges).select(tuple(bits.values()))
+
+
+def build_runtimes(profile: Profile, data: ImageData) -> None:
+    """Export some configurations, compare predictions on all test images, time onnxruntime; write ``runtimes.csv``.
+
+    Float, uniform 8 and 4 bits, and the choice of the evolved proxy at 2.5 bits on average. Columns network, bits
+    (text), top1, file_bytes (ONNX), packed_bytes, images; how many images get PyTorch's class from the packed file
+    (same_packed), from ONNX with exact sums (same_exact), from ONNX with scales in the QDQ nodes (same_qdq) and from
+    that after graph optimizations (same_optimized); and for each batch size ms (per image), ratio (to float) and its
+    95 % interval over rounds in which all networks take turns.
+
+    Args:
+        profile: the study; ``quantization.csv`` must exist.
+        data: its images.
+    """
+    started = time.perf_counter()
+    choices = load_quantization(profile).query("proxy == @MIXED and average_bits == @AVERAGE")
+    mixed = parse_bits(choices["bits"].iloc[0])
+    wide = dataclasses.replace(profile, choices=tuple(sorted({*profile.choices, *WIDE})))
+    network, _ = load_network(wide, data)
+    slots, example = network.bank.slot_count, data.test[:1].inputs()
+    configs = {f"{width} bits": (width,) * slots for width in sorted(WIDE, reverse=True)} | {
+        f"{MIXED}, {AVERAGE}": mixed
+    }
+    with sole_writer(profile), tempfile.TemporaryDirectory() as folder:
+        root = pathlib.Path(folder)
+        plain = load_folded(profile, "cpu")
+        files = {"float": root / "float.onnx"}
+        save_onnx(files["float"], plain, example)
+        truth = predict(plain, data.test)
+        rows = [{"network": "float", "bits": "", **_agreement({"optimized": files["float"]}, truth, data.test)}]
+        for name, config in configs.items():
+            network.select(config)
+            files[name], exact, packed = (root / f"{bits_text(config)}.{kind}" for kind in ("qdq", "exact", "packed"))
+            save_onnx(files[name], network, example)
+            save_onnx(exact, network, example, exact=True)
+            biases = {layer: module.bias.flatten() for layer, module in network.layers.items()}
+            save_packed(packed, network.bank.select(config), biases)
+            truth = predict(network, data.test)
+            again = predict(packed_network(profile, packed, network), data.test)
+            found = _agreement({"exact": exact, "qdq": files[name], "optimized": files[name]}, truth, data.test)
+            facts = {"network": name, "bits": bits_text(config), "packed_bytes": packed.stat().st_size}
+            rows.append(facts | {"same_packed": int((again == truth).all(dim=1).sum())} | found)
+        table = pd.DataFrame(rows).assign(file_bytes=[files[row["network"]].stat().st_size for row in rows])
+        for batch in BATCHES:
+            timed = _time(files, data.test[:batch])
+            table = table.merge(timed.add_suffix(f"_{batch}"), left_on="network", right_index=True)
+    with atomic_path(study_folder(profile) / "runtimes.csv") as path:
+        table.to_csv(path, index=False)
+    command = f"emq_lib.runtimes.build_runtimes on {profile.name}"
+    note = f"onnxruntime {onnxruntime.__version__}, one thread"
+    record(profile, "runtimes.csv", command=command, seconds=time.perf_counter() - started, rows=len(table), note=note)
+
+
+def load_runtimes(profile: Profile) -> pd.DataFrame:
+    """Return the study's table of :func:`build_runtimes`."""
+    return pd.read_csv(
+        checked_path(profile, "runtimes.csv"), dtype={"bits": str}, keep_default_na=False, na_values=[""]
+    )
+
+
+def _agreement(files: dict[str, pathlib.Path], truth: torch.Tensor, images: Split) -> dict[str, float | int]:
+    """Return PyTorch's top-1, and for each way of running how many images get PyTorch's class."""
+    wanted = truth.argmax(dim=1)
+    found = {"top1": top1(truth, images.labels), "images": len(images)}
+    for how, path in files.items():
+        logits = run_onnx(path, images, optimized=how == "optimized")
+        found[f"same_{how}"] = int((logits.argmax(dim=1) == wanted).sum())
+    return found
+
+
+def _time(files: dict[str, pathlib.Path], images: Split) -> pd.DataFrame:
+    """Return milliseconds per image and the ratio to the float network, one row per network, all taking turns."""
+    sessions, feed = {name: _session(path, optimized=True) for name, path in files.items()}, _feed(images)
+    spent = []
+    for session in sessions.values():
+        session.run(None, feed)  # so that nothing is timed that happens once
+    for turn in range(ROUNDS):
+        for name, session in sessions.items():
+            started = time.perf_counter()
+            for _ in range(CALLS):
+                session.run(None, feed)
+            milliseconds = 1e3 * (time.perf_counter() - started) / CALLS / len(images)
+            spent.append({"turn": turn, "network": name, "ms": milliseconds})
+    table = pd.DataFrame(spent)
+    base = table[table["network"] == "float"].set_index("turn")["ms"]
+    ratios = mean_with_interval((table["ms"] / table["turn"].map(base)).groupby(table["network"]))
+    ratios.columns = ["ratio", "lo", "hi", "rounds"]
+    return ratios.drop(columns="rounds").assign(ms=table.groupby("network")["ms"].median())

@@ -1,0 +1,77 @@
+"""The comparison under every quantizer: rows are what direct measurement gives, and survive interruptions."""
+
+import numpy as np
+import pytest
+
+from emq_lib import comparison
+from emq_lib.bench import bits_text, parse_bits
+from emq_lib.block_reconstruction import Settings
+from emq_lib.checks import with_calibration
+from emq_lib.measuring import load_network, measure
+
+SHORT = Settings(iterations=5, activation_iterations=2)
+
+
+@pytest.fixture(autouse=True)
+def _few_budgets(monkeypatch):
+    monkeypatch.setattr(comparison, "BUDGETS", (2.25, 3.0))
+
+
+def _build(profile, data, **how):
+    comparison.build_comparison(profile, data, settings=SHORT, workers=1, **how)
+    return comparison.load_comparison(profile)
+
+
+def test_rows_are_what_direct_measurement_gives(choices, profile, data):
+    table = _build(profile, data, seeds=2, quantizers=("rtn", "brecq"))
+    drawn = with_calibration(data, 1)
+    network, _ = load_network(profile, drawn)
+    for row in table.query("quantizer == 'rtn' and seed == 1").itertuples():
+        [[truth]] = measure(network, data.test, np.array([parse_bits(row.bits)]))
+        assert np.array_equal(row.hits, truth.correct)
+        assert row.top1 == pytest.approx(truth.top1)
+    best = table.query("proxy == 'best of random'")
+    assert set(best["average_bits"]) == set(comparison.BUDGETS)
+    counts = table.groupby(["quantizer", "seed"])["proxy"].value_counts().unstack()
+    assert (counts["evolved for allocation"] == 2).all()
+    assert counts.loc[("rtn", 0), "random"] == 1  # the choices hold a random configuration for seed 0 alone
+    assert np.isnan(counts.loc[("rtn", 1), "random"])
+    same = table.query("bits == '322222'").groupby(["quantizer", "seed"])["key"].nunique()
+    assert (same == 1).all()  # a configuration that two methods chose is measured once
+
+
+def test_interrupted_and_resumed_gives_the_same_rows_and_more_seeds_extend_them(choices, profile, data, monkeypatch):
+    whole = _build(profile, data, seeds=1, quantizers=("brecq",))
+    path = comparison.study_folder(profile) / comparison.FILE
+    path.unlink()
+    done, work = [], comparison.quantize_and_measure
+
+    def stops(*args):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(args[-1])
+        return work(*args)
+
+    monkeypatch.setattr(comparison, "quantize_and_measure", stops)
+    with pytest.raises(KeyboardInterrupt):
+        _build(profile, data, seeds=1, quantizers=("brecq",))
+    counted = []
+    monkeypatch.setattr(comparison, "quantize_and_measure", lambda *args: (counted.append(args[-1]), work(*args))[1])
+    resumed = _build(profile, data, seeds=1, quantizers=("brecq",))
+    assert not {job.configs for job in counted} & {job.configs for job in done}
+    columns = ["proxy", "average_bits", "bits", "key", "top1", "loss"]
+    assert resumed[columns].equals(whole[columns])
+    assert all(np.array_equal(*pair) for pair in zip(resumed["hits"], whole["hits"], strict=True))
+    counted.clear()
+    extended = _build(profile, data, seeds=1, quantizers=("brecq", "rtn"))
+    assert {job.quantizer for job in counted} == {"rtn"}
+    assert set(extended["quantizer"]) == {"brecq", "rtn"}
+
+
+def test_the_best_of_random_is_the_best_on_half_a(choices, profile, data):
+    drawn = comparison.choose(profile, data).query("proxy == 'best of random' and average_bits == 3.0").iloc[0]
+    network, _ = load_network(profile, data)
+    half = data.test[: len(data.test) // 2]
+    configs = np.array([parse_bits(bits) for bits in comparison.drawn_at_random(profile, 3.0)])
+    found = [item for block in measure(network, half, configs) for item in block]
+    assert max(item.top1 for item in found) == next(i.top1 for i in found if bits_text(i.config) == drawn["bits"])
