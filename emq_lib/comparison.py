@@ -19,9 +19,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+from scipy import stats
 from tqdm.auto import tqdm
 
-from emq_lib import block_reconstruction, measuring
+from emq_lib import block_reconstruction, measuring, qat, training
 from emq_lib.allocation import budget_for_average_bits
 from emq_lib.approximate import random_within
 from emq_lib.artefacts import (
@@ -40,15 +41,29 @@ from emq_lib.costs import bops_cost, size_cost
 from emq_lib.datasets import ImageData, load_dataset
 from emq_lib.measuring import PartialRows, load_folded, load_network, measure, measure_resumably, row_keys
 from emq_lib.profiles import QUANTIZERS, Profile
+from emq_lib.qat import QatRecipe, train_quantized
 from emq_lib.quantization import load_quantization
+from emq_lib.ranking import holm
 from emq_lib.reconstruction import Rounding, learn_rounding
 
 BUDGETS = (2.25, 2.5, 3.0, 3.5)
 COMPARED = ("uniform", "random", "bit sum", "HAWQ-V2", "OMPQ", "one-layer KL", "evolved", "evolved for allocation")
 BEST_OF_RANDOM = "best of random"
 FILE, PARTIAL = "comparison.parquet", "comparison.partial.jsonl"
-RECONSTRUCTED = "brecq"
+RECONSTRUCTED, TRAINED = "brecq", "qat"  # these cost a run for every configuration
+TRAINED_METHODS, TRAINED_BUDGETS = ("uniform", "one-layer KL", "evolved for allocation"), (2.25, 3.0)
+ONE_EPOCH = QatRecipe(epochs=1)
+_RECONSTRUCTION = source_hash(block_reconstruction, learn_rounding, Rounding)  # the code that decides the numbers
+_TRAINING = source_hash(qat, training.train_epoch, training.augment)
 KEPT = ["top1", "loss", "correct", "quantize_seconds"]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much "brecq" and "qat" spend on a network."""
+
+    settings: Settings
+    recipe: QatRecipe
 
 
 @dataclass(frozen=True)
@@ -110,6 +125,7 @@ def build_comparison(
     data: ImageData,
     *,
     settings: Settings = LAPTOP,
+    recipe: QatRecipe = ONE_EPOCH,
     seeds: int = 3,
     quantizers: Sequence[str] = (*QUANTIZERS, RECONSTRUCTED),
     workers: int | None = None,
@@ -124,8 +140,9 @@ def build_comparison(
         profile: the study; ``quantization.csv`` must exist.
         data: its images.
         settings: of "brecq".
+        recipe: of "qat".
         seeds: how many.
-        quantizers: which.
+        quantizers: which; "qat", which trains, takes the choices of three methods at two budgets only.
         workers: processes that share the work, one thread each; None: one per processor. With 1 this process works.
 
     Raises:
@@ -136,21 +153,25 @@ def build_comparison(
     with sole_writer(profile):
         started = time.perf_counter()
         chosen = choose(profile, data)
+        trained = chosen["proxy"].isin(TRAINED_METHODS) & chosen["average_bits"].isin(TRAINED_BUDGETS)
         wanted = pd.concat(
             [
-                chosen[chosen["seed"].isin((-1, seed))].assign(quantizer=quantizer, seed=seed)
+                chosen[chosen["seed"].isin((-1, seed)) & (trained | (quantizer != TRAINED))].assign(
+                    quantizer=quantizer, seed=seed
+                )
                 for quantizer, seed in itertools.product(quantizers, range(seeds))
             ],
             ignore_index=True,
         )
         finished = PartialRows(folder / PARTIAL)
         rows = _present_rows(profile) | finished.read()
-        wanted["key"] = _keys(profile, data, wanted, settings)
+        effort = Effort(settings, recipe)
+        wanted["key"] = _keys(profile, data, wanted, effort)
         missing = wanted[~wanted["key"].isin(rows)].drop_duplicates("key")
         jobs = _jobs(missing)
         key_of = missing.set_index(["quantizer", "seed", "bits"])["key"].to_dict()
         with tqdm(total=len(missing), desc=f"{profile.name}, comparison", unit="network") as progress:
-            for job, found in _run(profile, data, settings, jobs, workers):
+            for job, found in _run(profile, data, effort, jobs, workers):
                 new = {key_of[job.quantizer, job.seed, bits]: row for bits, row in found.items()}
                 finished.append(new, seconds=sum(row["quantize_seconds"] for row in new.values()))
                 rows |= new
@@ -166,48 +187,51 @@ def build_comparison(
         with atomic_path(folder / FILE) as path:
             table.to_parquet(path, index=False, compression="zstd")
         command = f"emq_lib.comparison.build_comparison on {profile.name}"
-        note = f"brecq: {settings.iterations} steps per block for weights, {settings.activation_iterations} for inputs"
+        note = (
+            f"brecq: {settings.iterations} steps per block for weights, {settings.activation_iterations} for inputs; "
+            f"qat: {recipe.epochs} epochs"
+        )
         record(profile, FILE, command=command, seconds=time.perf_counter() - started, rows=len(table), note=note)
         for name in (PARTIAL, measuring.PARTIAL):
             (folder / name).unlink(missing_ok=True)
 
 
 def _jobs(missing: pd.DataFrame) -> list[Job]:
-    """Return the work: reconstruction in order costs a job for every configuration, the others one for all of them."""
+    """Return the work: a job for every configuration where each costs a run, or one for all of them."""
     jobs = []
     for (quantizer, seed), group in missing.groupby(["quantizer", "seed"], sort=False):
         configs = tuple(group["bits"])
-        parts = [(bits,) for bits in configs] if quantizer == RECONSTRUCTED else [configs]
+        parts = [(bits,) for bits in configs] if quantizer in (RECONSTRUCTED, TRAINED) else [configs]
         jobs += [Job(quantizer, seed, part) for part in parts]
     return jobs
 
 
 def _run(
-    profile: Profile, data: ImageData, settings: Settings, jobs: Sequence[Job], workers: int | None
+    profile: Profile, data: ImageData, effort: Effort, jobs: Sequence[Job], workers: int | None
 ) -> Iterator[tuple[Job, dict]]:
     """Yield the jobs with their rows, in order."""
     if workers == 1:
-        yield from ((job, quantize_and_measure(profile, data, settings, job)) for job in jobs)
+        yield from ((job, quantize_and_measure(profile, data, effort, job)) for job in jobs)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield from zip(jobs, pool.map(functools.partial(_work, profile, settings), jobs), strict=True)
+        yield from zip(jobs, pool.map(functools.partial(_work, profile, effort), jobs), strict=True)
 
 
-def _work(profile: Profile, settings: Settings, job: Job) -> dict[str, dict]:
-    return quantize_and_measure(profile, _images(profile), settings, job)
+def _work(profile: Profile, effort: Effort, job: Job) -> dict[str, dict]:
+    return quantize_and_measure(profile, _images(profile), effort, job)
 
 
 _images = functools.lru_cache(maxsize=1)(load_dataset)
 
 
-def quantize_and_measure(profile: Profile, data: ImageData, settings: Settings, job: Job) -> dict[str, dict]:
+def quantize_and_measure(profile: Profile, data: ImageData, effort: Effort, job: Job) -> dict[str, dict]:
     """Return the rows of a job: bits (text) -> top1, loss, correct (which images, packed, in base64), quantize_seconds.
 
     Args:
         profile: the study.
         data: its images.
-        settings: of "brecq".
+        effort: of "brecq" and "qat".
         job: what to do.
     """
     started = time.perf_counter()
@@ -215,11 +239,16 @@ def quantize_and_measure(profile: Profile, data: ImageData, settings: Settings, 
     variant = dataclasses.replace(profile, quantizer=job.quantizer if job.quantizer in QUANTIZERS else QUANTIZERS[0])
     network, layers = load_network(variant, drawn)
     configs = np.array([parse_bits(bits) for bits in job.configs], dtype=np.int8)
+    ranges, generator = network.activation_ranges, profile.generator(f"comparison, seed {job.seed}")
+    if job.quantizer in (RECONSTRUCTED, TRAINED):
+        model = load_folded(profile, data.test.images.device)
     if job.quantizer == RECONSTRUCTED:
-        float_network, ranges = load_folded(profile, data.test.images.device), network.activation_ranges
-        generator = profile.generator(f"comparison, seed {job.seed}")
         network = reconstruct_in_order(
-            float_network, layers, configs[0], drawn.calibration, ranges, generator=generator, settings=settings
+            model, layers, configs[0], drawn.calibration, ranges, generator=generator, settings=effort.settings
+        )
+    if job.quantizer == TRAINED:
+        network = train_quantized(
+            model, layers, configs[0], data.train, ranges, generator=generator, recipe=effort.recipe
         )
     seconds = time.perf_counter() - started
     rows = {}
@@ -230,18 +259,20 @@ def quantize_and_measure(profile: Profile, data: ImageData, settings: Settings, 
     return rows
 
 
-def _keys(profile: Profile, data: ImageData, wanted: pd.DataFrame, settings: Settings) -> list[str]:
+def _keys(profile: Profile, data: ImageData, wanted: pd.DataFrame, effort: Effort) -> list[str]:
     """Return a key per row: a hash of everything that it depends on."""
     keys = {}
     for (quantizer, seed), group in wanted.groupby(["quantizer", "seed"]):
         variant = dataclasses.replace(profile, quantizer=quantizer if quantizer in QUANTIZERS else QUANTIZERS[0])
         configs = np.array([parse_bits(bits) for bits in group["bits"]])
         plain = row_keys(variant, with_calibration(data, seed), len(data.test), configs)
-        how = ""
-        if quantizer == RECONSTRUCTED:
-            how = to_json([dataclasses.asdict(settings), source_hash(block_reconstruction, learn_rounding, Rounding)])
+        how = {
+            RECONSTRUCTED: [dataclasses.asdict(effort.settings), _RECONSTRUCTION],
+            TRAINED: [dataclasses.asdict(effort.recipe), _TRAINING],
+        }
+        text = to_json(how[quantizer]) if quantizer in how else ""
         for index, key in zip(group.index, plain, strict=True):
-            keys[index] = hashlib.blake2b(f"{quantizer} {how} {key}".encode(), digest_size=12).hexdigest()
+            keys[index] = hashlib.blake2b(f"{quantizer} {text} {key}".encode(), digest_size=12).hexdigest()
     return [keys[index] for index in wanted.index]
 
 
@@ -261,3 +292,83 @@ def load_comparison(profile: Profile) -> pd.DataFrame:
         np.unpackbits(np.frombuffer(row.correct, np.uint8), count=row.images).astype(bool) for row in table.itertuples()
     ]
     return table.drop(columns="correct").assign(hits=hits)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over images and seeds, in points: the estimate, its 95 % interval, and the p-value of being zero."""
+
+    value: float
+    lo: float
+    hi: float
+    p_value: float
+    images: int
+    seeds: int
+
+
+def mean_of(values: np.ndarray) -> Mean:
+    """Estimate the mean of a table of seeds by images, both of which are samples.
+
+    The variance of the mean is that over images of each image's mean, plus that over seeds of each seed's mean, each
+    divided by their number; degrees of freedom as by Welch and Satterthwaite. With one seed only images count.
+
+    Args:
+        values: shape (seeds, images): hits, or differences of hits of two methods on the same images.
+
+    >>> mean_of(np.array([[1.0, 0.0, 1.0, 1.0]])).value
+    75.0
+    """
+    values = 100 * np.atleast_2d(np.asarray(values, dtype=np.float64))
+    seeds, images = values.shape
+    parts = [(values.mean(axis=0).var(ddof=1) / images, images - 1)]
+    if seeds > 1:
+        parts.append((values.mean(axis=1).var(ddof=1) / seeds, seeds - 1))
+    variance, value = sum(part for part, _ in parts), float(values.mean())
+    if variance == 0:
+        return Mean(value, value, value, float(value == 0), images, seeds)
+    freedom = variance**2 / sum(part**2 / free for part, free in parts)
+    margin = stats.t.ppf(0.975, freedom) * variance**0.5
+    p_value = 2 * stats.t.sf(abs(value) / variance**0.5, freedom)
+    return Mean(value, value - margin, value + margin, float(p_value), images, seeds)
+
+
+def held_out_hits(profile: Profile, table: pd.DataFrame) -> pd.Series:
+    """Return each method's hits on images that no search has seen, shape (seeds, images).
+
+    Evolution and the best random configuration were chosen on half A of the bench's images; the others are left.
+
+    Args:
+        profile: the study.
+        table: of :func:`load_comparison`.
+
+    Returns:
+        series of arrays, index (quantizer, average_bits, proxy).
+    """
+    groups = table.sort_values("seed").groupby(["quantizer", "average_bits", "proxy"], sort=False)
+    return groups.apply(lambda rows: np.stack(rows["hits"])[:, (profile.bench_images or rows["images"].iloc[0]) // 2 :])
+
+
+def compare_methods(profile: Profile, table: pd.DataFrame, method: str) -> pd.DataFrame:
+    """Return by how much one method's choices are above the others', image by image.
+
+    Args:
+        profile: the study.
+        table: of :func:`load_comparison`.
+        method: the one that the others are compared with.
+
+    Returns:
+        columns quantizer, average_bits, proxy (the other), value, lo, hi, p_value (two-sided), holm (the p-values of
+        one quantizer and budget adjusted by Holm's method), images, seeds.
+    """
+    hits, rows = held_out_hits(profile, table), []
+    for (quantizer, average), group in hits.groupby(level=[0, 1], sort=False):
+        by_proxy = group.droplevel([0, 1])
+        if method in by_proxy:
+            own = by_proxy[method].astype(np.float64)
+            for proxy, other in by_proxy.drop(method).items():
+                shared = min(len(own), len(other))
+                found = dataclasses.asdict(mean_of(own[:shared] - other[:shared]))
+                rows.append({"quantizer": quantizer, "average_bits": average, "proxy": proxy} | found)
+    found = pd.DataFrame(rows)
+    adjusted = found.groupby(["quantizer", "average_bits"], sort=False)["p_value"].transform(lambda p: holm(list(p)))
+    return found.assign(holm=adjusted)

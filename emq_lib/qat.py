@@ -1,7 +1,8 @@
 """Quantization-aware training: weights learned while they are rounded, with learned steps (LSQ; Esser et al. 2020).
 
 Forward, every weight and every layer's input is rounded; backward, rounding passes gradients straight through, and each
-step gets the gradient of its rounding. Explained in chapter 05.
+step gets the gradient of its rounding. Steps are learned by their logarithms, so they stay positive. Explained in
+chapter 05.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import copy
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,15 +23,16 @@ from emq_lib.block_reconstruction import learned_step
 from emq_lib.datasets import Split
 from emq_lib.errors import InvalidParameterError, TrainingDivergedError
 from emq_lib.profiles import TrainingRecipe
-from emq_lib.quantizers import ActivationRange, QuantizedNetwork, QuantizedWeight, WeightBank, quantize
+from emq_lib.quantizers import ActivationRange, QuantizedNetwork, QuantizedWeight, build_weight_bank
 from emq_lib.training import label_loss, run_epochs, train_epoch
 
+STEP_RATE = 10.0  # learning rate of the logarithms of steps, in that of the weights
 TEMPERATURE = 2.0  # of the softmax whose outputs are distilled
 
 
 @dataclasses.dataclass(frozen=True)
 class QatRecipe(TrainingRecipe):
-    """How a network is trained while it is quantized: a :class:`TrainingRecipe` from a trained start, so slower.
+    """How a network is trained while it is quantized: by Adam from a trained start, so with small steps.
 
     Attributes:
         distillation: share of the loss that is the divergence from the float network's outputs, 0 to 1; the rest is
@@ -66,20 +69,19 @@ class LearnedLayer(nn.Module):
     def __init__(self, layer: nn.Conv2d | nn.Linear, start: QuantizedWeight, seen: ActivationRange) -> None:
         super().__init__()
         self.start, self.seen, self.layer = start, seen, copy.deepcopy(layer).requires_grad_()
-        self.weight_steps = nn.Parameter(start.scale.clone())
-        self.input_step = nn.Parameter(torch.tensor([seen.scale], device=start.scale.device))
-        self._round_input = learned_step(seen, self.input_step)
+        self.log_weight_steps = nn.Parameter(start.scale.log())
+        self.log_input_step = nn.Parameter(torch.tensor([seen.scale], device=start.scale.device).log())
 
     def rounded(self) -> torch.Tensor:
         """Return the rounded weight, in its shape; gradients reach the weight and the steps."""
-        top, weight = 2**self.start.bits - 1, self.layer.weight
-        gain = (weight[0].numel() * top) ** -0.5  # LSQ's scale of the gradient of a step
-        zero_point = self.start.zero_point.float()
-        return torch._fake_quantize_learnable_per_channel_affine(weight, self.weight_steps, zero_point, 0, 0, top, gain)
+        top, zero_point = 2**self.start.bits - 1, self.start.zero_point.float()
+        return torch._fake_quantize_learnable_per_channel_affine(
+            self.layer.weight, self.log_weight_steps.exp(), zero_point, 0, 0, top, 1.0
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the layer's output."""
-        (x,) = self._round_input(self, (x.float(),))
+        (x,) = learned_step(self.seen, self.log_input_step.exp())(self, (x.float(),))
         if isinstance(self.layer, nn.Linear):
             return F.linear(x, self.rounded(), self.layer.bias)
         how = (self.layer.stride, self.layer.padding, self.layer.dilation, self.layer.groups)
@@ -88,51 +90,59 @@ class LearnedLayer(nn.Module):
     @torch.no_grad()
     def hardened(self) -> tuple[QuantizedWeight, ActivationRange]:
         """Return the rounded weight as codes, and the range of the input."""
-        scale, start = self.weight_steps.detach().clone(), self.start
+        scale, start = self.log_weight_steps.exp(), self.start
         channel = (-1,) + (1,) * (self.layer.weight.ndim - 1)
         codes = (self.layer.weight / scale.view(channel)).round() + start.zero_point.view(channel)
         weight = QuantizedWeight(codes.clamp(0, 2**start.bits - 1).to(torch.uint8), scale, start.zero_point, start.bits)
-        return weight, dataclasses.replace(self.seen, scale=self.input_step.item())
+        return weight, dataclasses.replace(self.seen, scale=self.log_input_step.exp().item())
 
 
 def train_quantized(
     model: torch.fx.GraphModule,
-    bits: Mapping[str, int],
-    ranges: Mapping[str, ActivationRange],
+    layers: pd.DataFrame,
+    config: Sequence[int],
     images: Split,
+    ranges: Mapping[str, ActivationRange],
     *,
     generator: torch.Generator,
     recipe: QatRecipe,
     resume: pathlib.Path | None = None,
 ) -> QuantizedNetwork:
-    """Train a network at its bits, starting from rounding to nearest, and return the quantized network.
+    """Train one configuration, starting from rounding to nearest, and return its quantized network.
 
     Args:
         model: network with folded batch norm; it is not changed. Folding stays, so learning rates must be small.
-        bits: layer name -> width, of all layers that are quantized.
-        ranges: layer name -> range of its input.
+        layers: its layer table.
+        config: bits, S of them.
         images: training images with labels.
+        ranges: layer name -> range of its input.
         generator: source of the order of images and of augmentation, on the CPU.
         recipe: how it is trained.
         resume: file that takes the state after every epoch: an interrupted training goes on from there.
 
     Raises:
-        TrainingDivergedError: a step fell to zero or below, or is not finite; a smaller learning rate helps.
+        TrainingDivergedError: a weight or a step is not finite; a smaller learning rate helps.
         CorruptArtefactError: the resume file is unreadable or belongs to another training.
     """
     teacher, student = copy.deepcopy(model).eval().requires_grad_(False), copy.deepcopy(model).eval()
-    layers = {}
-    for name, width in bits.items():
-        layer = student.get_submodule(name)
-        layers[name] = LearnedLayer(layer, quantize(layer.weight, width), ranges[name])
-        student.set_submodule(name, layers[name])
-    decayed = [layer.layer.weight for layer in layers.values()]
-    known = {id(weight) for weight in decayed}
+    bank = build_weight_bank(model, layers, sorted(set(map(int, config))))
+    learned = {}
+    for name, start in bank.select(config).items():
+        learned[name] = LearnedLayer(student.get_submodule(name), start, ranges[name])
+        student.set_submodule(name, learned[name])
+    weights = [layer.layer.weight for layer in learned.values()]
+    steps = [step for layer in learned.values() for step in (layer.log_weight_steps, layer.log_input_step)]
+    known = {id(parameter) for parameter in (*weights, *steps)}
     rest = [parameter for parameter in student.parameters() if id(parameter) not in known]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.SGD(groups, lr=recipe.max_lr, momentum=recipe.momentum, nesterov=True)
-    steps = recipe.epochs * -(-len(images) // recipe.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.max_lr, total_steps=steps, cycle_momentum=False)
+    rates = [recipe.max_lr, recipe.max_lr, STEP_RATE * recipe.max_lr]
+    decays = [recipe.weight_decay, 0.0, 0.0]
+    groups = [
+        {"params": parameters, "lr": rate, "weight_decay": decay}
+        for parameters, rate, decay in zip((weights, rest, steps), rates, decays, strict=True)
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(recipe.momentum, 0.999))
+    batches = recipe.epochs * -(-len(images) // recipe.batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=batches, cycle_momentum=False)
 
     def loss(inputs: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         share = recipe.distillation
@@ -145,26 +155,23 @@ def train_quantized(
 
     def epoch(_before: object) -> float:
         train_epoch(student, images, recipe, optimizer, schedule, loss=loss, generator=generator)
-        for name, layer in layers.items():
-            smallest = min(layer.weight_steps.min().item(), layer.input_step.item())
-            if not smallest > 0:
+        for name, layer in learned.items():
+            if not all(parameter.isfinite().all() for parameter in layer.parameters()):
                 raise TrainingDivergedError(
-                    f"A step of layer {name!r} is {smallest:.3g}: the training diverged. Start again with a max_lr "
-                    f"below {recipe.max_lr:g}."
+                    f"Layer {name!r} holds NaN or infinity: the training diverged. Start again with a max_lr below "
+                    f"{recipe.max_lr:g}."
                 )
         return 0.0
 
     parts = {"student": student, "optimizer": optimizer, "schedule": schedule}
     start = hashlib.blake2b(b"".join(tensor.cpu().numpy().tobytes() for tensor in model.state_dict().values()))
-    identity = to_json([dict(bits), dataclasses.asdict(recipe), len(images), start.hexdigest()])
+    identity = to_json([bank.widths(config), dataclasses.asdict(recipe), len(images), start.hexdigest()])
     run_epochs(epoch, recipe.epochs, parts, generator=generator, identity=identity, resume=resume)
-    hardened = {name: layer.hardened() for name, layer in layers.items()}
-    for name, layer in layers.items():
+    weights, found = dict(bank.weights), {}
+    for name, layer in learned.items():
+        weights[name, layer.start.bits], found[name] = layer.hardened()
         student.set_submodule(name, layer.layer)
-    weights = {(name, width): hardened[name][0] for name, width in bits.items()}
-    bank = WeightBank(tuple(sorted(set(bits.values()))), tuple(bits), tuple(range(len(bits))), (), weights)
-    final = QuantizedNetwork(student, bank, {name: found for name, (_, found) in hardened.items()})
-    return final.select(tuple(bits.values()))
+    return QuantizedNetwork(student, dataclasses.replace(bank, weights=weights), found).select(config)
 
 
 def divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -103,7 +103,9 @@ def quantize_model(
     ranges = choose_activation_ranges(folded, layers, images, bits=activation_bits)
     config, generator = tuple(plan.bits.values()), torch.Generator().manual_seed(seed)
     if method == "qat":
-        return train_quantized(folded, plan.bits, ranges, training, generator=generator, recipe=recipe, resume=resume)
+        return train_quantized(
+            folded, layers, config, training, ranges, generator=generator, recipe=recipe, resume=resume
+        )
     if method == "brecq":
         return reconstruct_in_order(folded, layers, config, images, ranges, generator=generator, settings=settings)
     original = {name: folded.get_submodule(name).weight for name in plan.bits}

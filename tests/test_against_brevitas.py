@@ -64,6 +64,6 @@ def test_gradients_of_a_trained_layers_weight_and_steps():
     scale, weight = learned.start.scale.clone().requires_grad_(), layer.weight.detach().clone().requires_grad_()
     zero_point = learned.start.zero_point.float().view(-1, 1, 1, 1)
     (_peer(2, scale.view(-1, 1, 1, 1), zero_point, weight) * _weight(5)).sum().backward()
-    gain = (weight[0].numel() * 3) ** -0.5
     torch.testing.assert_close(learned.layer.weight.grad, weight.grad)
-    torch.testing.assert_close(learned.weight_steps.grad, scale.grad * gain, rtol=1e-4, atol=1e-5)
+    of_logarithm = scale.grad * scale.detach()
+    torch.testing.assert_close(learned.log_weight_steps.grad, of_logarithm, rtol=1e-4, atol=1e-5)

@@ -1,6 +1,7 @@
 """The comparison under every quantizer: rows are what direct measurement gives, and survive interruptions."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from emq_lib import comparison
@@ -8,8 +9,10 @@ from emq_lib.bench import bits_text, parse_bits
 from emq_lib.block_reconstruction import Settings
 from emq_lib.checks import with_calibration
 from emq_lib.measuring import load_network, measure
+from emq_lib.qat import QatRecipe
 
 SHORT = Settings(iterations=5, activation_iterations=2)
+RECIPE = QatRecipe(epochs=1, batch_size=64, crop_padding=1, flip=False, precision="float32")
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +21,7 @@ def _few_budgets(monkeypatch):
 
 
 def _build(profile, data, **how):
-    comparison.build_comparison(profile, data, settings=SHORT, workers=1, **how)
+    comparison.build_comparison(profile, data, settings=SHORT, recipe=RECIPE, workers=1, **how)
     return comparison.load_comparison(profile)
 
 
@@ -63,9 +66,11 @@ def test_interrupted_and_resumed_gives_the_same_rows_and_more_seeds_extend_them(
     assert resumed[columns].equals(whole[columns])
     assert all(np.array_equal(*pair) for pair in zip(resumed["hits"], whole["hits"], strict=True))
     counted.clear()
-    extended = _build(profile, data, seeds=1, quantizers=("brecq", "rtn"))
-    assert {job.quantizer for job in counted} == {"rtn"}
-    assert set(extended["quantizer"]) == {"brecq", "rtn"}
+    extended = _build(profile, data, seeds=1, quantizers=("brecq", "qat"))
+    assert {job.quantizer for job in counted} == {"qat"}
+    assert set(extended["quantizer"]) == {"brecq", "qat"}
+    assert set(extended.query("quantizer == 'qat'")["proxy"]) == set(comparison.TRAINED_METHODS)
+    assert extended.query("quantizer == 'qat'")["top1"].min() > 60
 
 
 def test_the_best_of_random_is_the_best_on_half_a(choices, profile, data):
@@ -75,3 +80,37 @@ def test_the_best_of_random_is_the_best_on_half_a(choices, profile, data):
     configs = np.array([parse_bits(bits) for bits in comparison.drawn_at_random(profile, 3.0)])
     found = [item for block in measure(network, half, configs) for item in block]
     assert max(item.top1 for item in found) == next(i.top1 for i in found if bits_text(i.config) == drawn["bits"])
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    """Hits drawn with known effects of images and of seeds; half of the seeds' spread is common to all images."""
+    rng, covered, truth = np.random.default_rng(0), 0, 70.0
+    for _ in range(400):
+        ease, luck = rng.normal(0, 0.15, (1, 300)), rng.normal(0, 0.02, (3, 1))
+        found = comparison.mean_of(truth / 100 + ease + luck + rng.normal(0, 0.1, (3, 300)))
+        covered += found.lo <= truth <= found.hi
+    assert 0.92 <= covered / 400 <= 1.0
+
+
+def test_differences_are_taken_image_by_image_and_on_images_that_no_search_saw(profile):
+    rng, rows = np.random.default_rng(1), []
+    for seed in range(3):
+        own = rng.random(400) < 0.8
+        own[:200] = True  # half A, on which configurations were chosen
+        flipped = own.copy()
+        flipped[200:230] = ~flipped[200:230]
+        rows += [
+            {"proxy": name, "hits": hits, "seed": seed, "quantizer": "rtn", "average_bits": 3.0, "images": 400}
+            for name, hits in (("evolved", own), ("random", flipped), ("uniform", own))
+        ]
+    table = pd.DataFrame(rows)
+    found = comparison.compare_methods(profile, table, "evolved").set_index("proxy")
+    hits = comparison.held_out_hits(profile, table)["rtn", 3.0]
+    assert hits["evolved"].shape == (3, 200)
+    assert found.loc["uniform", ["value", "lo", "hi", "p_value"]].tolist() == [0, 0, 0, 1]
+    expected = 100 * (hits["evolved"].mean() - hits["random"].mean())
+    assert found.loc["random", "value"] == pytest.approx(expected)
+    apart = comparison.mean_of(hits["evolved"]), comparison.mean_of(hits["random"])
+    width = found.loc["random", "hi"] - found.loc["random", "lo"]
+    assert width < apart[0].hi - apart[0].lo + apart[1].hi - apart[1].lo
+    assert (found["holm"] >= found["p_value"]).all()
