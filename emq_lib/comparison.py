@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from scipy import stats
 from tqdm.auto import tqdm
 
@@ -40,6 +41,7 @@ from emq_lib.checks import with_calibration
 from emq_lib.costs import bops_cost, size_cost
 from emq_lib.datasets import ImageData, load_dataset
 from emq_lib.measuring import PartialRows, load_folded, load_network, measure, measure_resumably, row_keys
+from emq_lib.models import layer_table, predict, top1
 from emq_lib.profiles import QUANTIZERS, Profile
 from emq_lib.qat import QatRecipe, train_quantized
 from emq_lib.quantization import load_quantization
@@ -48,11 +50,10 @@ from emq_lib.reconstruction import Rounding, learn_rounding
 
 BUDGETS = (2.25, 2.5, 3.0, 3.5)
 COMPARED = ("uniform", "random", "bit sum", "HAWQ-V2", "OMPQ", "one-layer KL", "evolved", "evolved for allocation")
-BEST_OF_RANDOM = "best of random"
+BEST_OF_RANDOM, FLOAT = "best of random", "float"
 FILE, PARTIAL = "comparison.parquet", "comparison.partial.jsonl"
 RECONSTRUCTED, TRAINED = "brecq", "qat"  # these cost a run for every configuration
 TRAINED_METHODS, TRAINED_BUDGETS = ("uniform", "one-layer KL", "evolved for allocation"), (2.25, 3.0)
-ONE_EPOCH = QatRecipe(epochs=1)
 _RECONSTRUCTION = source_hash(block_reconstruction, learn_rounding, Rounding)  # the code that decides the numbers
 _TRAINING = source_hash(qat, training.train_epoch, training.augment)
 KEPT = ["top1", "loss", "correct", "quantize_seconds"]
@@ -125,7 +126,7 @@ def build_comparison(
     data: ImageData,
     *,
     settings: Settings = LAPTOP,
-    recipe: QatRecipe = ONE_EPOCH,
+    epochs: int = 1,
     seeds: int = 3,
     quantizers: Sequence[str] = (*QUANTIZERS, RECONSTRUCTED),
     workers: int | None = None,
@@ -140,7 +141,7 @@ def build_comparison(
         profile: the study; ``quantization.csv`` must exist.
         data: its images.
         settings: of "brecq".
-        recipe: of "qat".
+        epochs: of "qat", which otherwise takes batches and augmentation from the training of the checkpoint.
         seeds: how many.
         quantizers: which; "qat", which trains, takes the choices of three methods at two budgets only.
         workers: processes that share the work, one thread each; None: one per processor. With 1 this process works.
@@ -165,7 +166,7 @@ def build_comparison(
         )
         finished = PartialRows(folder / PARTIAL)
         rows = _present_rows(profile) | finished.read()
-        effort = Effort(settings, recipe)
+        effort = Effort(settings, QatRecipe.like(profile.training or QatRecipe(), epochs))
         wanted["key"] = _keys(profile, data, wanted, effort)
         missing = wanted[~wanted["key"].isin(rows)].drop_duplicates("key")
         jobs = _jobs(missing)
@@ -178,22 +179,44 @@ def build_comparison(
                 progress.update(len(new))
         table = wanted.join(pd.DataFrame([rows[key] for key in wanted["key"]])[KEPT])
         table["correct"] = table["correct"].map(base64.b64decode)
-        _, layers = load_network(profile, data)
+        model = load_folded(profile, data.test.images.device)
+        layers = layer_table(model, profile)
         configs = np.array([parse_bits(bits) for bits in table["bits"]], dtype=np.int8)
         bops = bops_cost(layers, profile.choices, activation_bits=profile.activation_bits)
         table["size_bytes"] = size_cost(layers, profile.choices).total(configs, profile.choices).astype(np.int64)
         table["bops"] = bops.total(configs, profile.choices).astype(np.int64)
-        table["images"] = len(data.test)
+        table = pd.concat([table, _float_row(model, layers, data)], ignore_index=True).assign(images=len(data.test))
         with atomic_path(folder / FILE) as path:
             table.to_parquet(path, index=False, compression="zstd")
         command = f"emq_lib.comparison.build_comparison on {profile.name}"
         note = (
             f"brecq: {settings.iterations} steps per block for weights, {settings.activation_iterations} for inputs; "
-            f"qat: {recipe.epochs} epochs"
+            f"qat: {epochs} epochs"
         )
         record(profile, FILE, command=command, seconds=time.perf_counter() - started, rows=len(table), note=note)
         for name in (PARTIAL, measuring.PARTIAL):
             (folder / name).unlink(missing_ok=True)
+
+
+def _float_row(model: torch.nn.Module, layers: pd.DataFrame, data: ImageData) -> pd.DataFrame:
+    """Return the row of the float network: method and quantizer "float", 32 bits."""
+    logits = predict(model, data.test)
+    row = {
+        "proxy": FLOAT,
+        "quantizer": FLOAT,
+        "average_bits": 32.0,
+        "seed": 0,
+        "bits": "",
+        "search_seconds": 0.0,
+        "quantize_seconds": 0.0,
+        "key": FLOAT,
+        "top1": top1(logits, data.test.labels),
+        "loss": F.cross_entropy(logits.double(), data.test.labels).item(),
+        "correct": np.packbits((logits.argmax(dim=1) == data.test.labels).cpu().numpy()).tobytes(),
+        "size_bytes": 4 * sum(parameter.numel() for parameter in model.parameters()),
+        "bops": 32 * 32 * int(layers["macs"].sum()),
+    }
+    return pd.DataFrame([row])
 
 
 def _jobs(missing: pd.DataFrame) -> list[Job]:
@@ -281,6 +304,7 @@ def _present_rows(profile: Profile) -> dict[str, dict]:
     if not has_study(profile, FILE):
         return {}
     table = pd.read_parquet(checked_path(profile, FILE)).drop_duplicates("key").set_index("key")
+    table = table.drop(index=FLOAT, errors="ignore")
     table["correct"] = table["correct"].map(lambda packed: base64.b64encode(packed).decode())
     return table[KEPT].to_dict("index")
 
@@ -361,7 +385,7 @@ def compare_methods(profile: Profile, table: pd.DataFrame, method: str) -> pd.Da
         one quantizer and budget adjusted by Holm's method), images, seeds.
     """
     hits, rows = held_out_hits(profile, table), []
-    for (quantizer, average), group in hits.groupby(level=[0, 1], sort=False):
+    for (quantizer, average), group in hits.drop(FLOAT, errors="ignore").groupby(level=[0, 1], sort=False):
         by_proxy = group.droplevel([0, 1])
         if method in by_proxy:
             own = by_proxy[method].astype(np.float64)

@@ -53,6 +53,12 @@ class QatRecipe(TrainingRecipe):
         if not 0 <= self.distillation <= 1:
             raise InvalidParameterError(f"distillation is a share from 0 to 1, got {self.distillation}.")
 
+    @classmethod
+    def like(cls, recipe: TrainingRecipe, epochs: int) -> QatRecipe:
+        """Return a recipe with the batches, the augmentation and the precision of the one that trained the network."""
+        names = ("batch_size", "crop_padding", "flip", "precision")
+        return cls(epochs=epochs, **{name: getattr(recipe, name) for name in names})
+
 
 QAT = QatRecipe()
 

@@ -56,6 +56,7 @@ COLOURS = {
     "noise ceiling": "#8a8a8a",
     "uniform": "#333333",
     "random": "#b0b0b0",
+    "best of random": "#5b8c5a",
     "evolution": "#d55e00",
     "random search": "#b0b0b0",
 }
@@ -518,6 +519,33 @@ def plot_front(points: pd.DataFrame, *, x: str, ax: Axes | None = None) -> Axes:
     ax.set(ylabel="top-1 on all test images (%)")
     ax.legend(frameon=False, fontsize=8, loc="lower right")
     return ax
+
+
+def plot_quantizers(panels: Mapping[str, pd.Series], *, float_top1: float) -> Figure:
+    """Draw top-1 with intervals against average bits, one panel per quantizer and one line per method.
+
+    Args:
+        panels: quantizer -> means (with value, lo and hi), index (average_bits, proxy).
+        float_top1: accuracy of the float network.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.5, 3.6), sharey=True, squeeze=False)
+    for (quantizer, means), ax in zip(panels.items(), axes[0], strict=True):
+        for proxy, group in means.groupby(level="proxy", sort=False):
+            ordered, colour = group.droplevel("proxy").sort_index(), COLOURS[proxy]
+            values = np.array([(mean.value, mean.lo, mean.hi) for mean in ordered])
+            wide = proxy == "random"  # its interval spans configurations, and would hide the others
+            errors = None if wide else np.abs(values[:, 1:] - values[:, :1]).T
+            style = "o" if proxy == "uniform" else "o-"
+            ax.errorbar(
+                ordered.index, values[:, 0], errors, fmt=style, color=colour, markersize=3, linewidth=1, label=proxy
+            )
+        ax.axhline(float_top1, color="#8a8a8a", linestyle="--", linewidth=1)
+        ax.set_title(quantizer, fontsize=8)
+        ax.set_xlabel("average bits")
+    axes[0][0].set_ylabel("top-1 on unseen images (%)")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=7.5)
+    return figure
 
 
 def plot_heatmap(bits: pd.DataFrame, *, ax: Axes | None = None) -> Axes:

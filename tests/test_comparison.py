@@ -8,11 +8,10 @@ from emq_lib import comparison
 from emq_lib.bench import bits_text, parse_bits
 from emq_lib.block_reconstruction import Settings
 from emq_lib.checks import with_calibration
-from emq_lib.measuring import load_network, measure
-from emq_lib.qat import QatRecipe
+from emq_lib.measuring import load_folded, load_network, measure
+from emq_lib.models import predict, top1
 
 SHORT = Settings(iterations=5, activation_iterations=2)
-RECIPE = QatRecipe(epochs=1, batch_size=64, crop_padding=1, flip=False, precision="float32")
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +20,7 @@ def _few_budgets(monkeypatch):
 
 
 def _build(profile, data, **how):
-    comparison.build_comparison(profile, data, settings=SHORT, recipe=RECIPE, workers=1, **how)
+    comparison.build_comparison(profile, data, settings=SHORT, workers=1, **how)
     return comparison.load_comparison(profile)
 
 
@@ -35,8 +34,11 @@ def test_rows_are_what_direct_measurement_gives(choices, profile, data):
         assert row.top1 == pytest.approx(truth.top1)
     best = table.query("proxy == 'best of random'")
     assert set(best["average_bits"]) == set(comparison.BUDGETS)
+    exact = table.query("quantizer == 'float'")
+    assert exact["top1"].tolist() == [top1(predict(load_folded(profile, "cpu"), data.test), data.test.labels)]
+    assert exact["hits"].iloc[0].mean() == pytest.approx(exact["top1"].iloc[0] / 100)
     counts = table.groupby(["quantizer", "seed"])["proxy"].value_counts().unstack()
-    assert (counts["evolved for allocation"] == 2).all()
+    assert (counts["evolved for allocation"].drop("float") == 2).all()
     assert counts.loc[("rtn", 0), "random"] == 1  # the choices hold a random configuration for seed 0 alone
     assert np.isnan(counts.loc[("rtn", 1), "random"])
     same = table.query("bits == '322222'").groupby(["quantizer", "seed"])["key"].nunique()
@@ -68,7 +70,7 @@ def test_interrupted_and_resumed_gives_the_same_rows_and_more_seeds_extend_them(
     counted.clear()
     extended = _build(profile, data, seeds=1, quantizers=("brecq", "qat"))
     assert {job.quantizer for job in counted} == {"qat"}
-    assert set(extended["quantizer"]) == {"brecq", "qat"}
+    assert set(extended["quantizer"]) == {"brecq", "qat", "float"}
     assert set(extended.query("quantizer == 'qat'")["proxy"]) == set(comparison.TRAINED_METHODS)
     assert extended.query("quantizer == 'qat'")["top1"].min() > 60
 
