@@ -427,10 +427,11 @@ chapter.claim(
     n=images,
 )
 
-# %% [markdown] slideshow={"slide_type": "slide"}
+# %% [markdown] slideshow={"slide_type": "-"}
 # The remedy is a rule for the search: a formula whose table falls with more bits in any layer is turned away, like one that is not finite. *Evolved for allocation* kept
 # this rule, and its fitness was the correlation inside sizes, among configurations that compete for one budget.
-#
+
+# %% [markdown] slideshow={"slide_type": "slide"}
 # ## Which fitness buys accuracy?
 #
 # Five searches of chapter 03 differ in nothing but what they maximized: rho, its mean at 20, 50 and 100 % (the paper's), or rho inside sizes; two under the rule. Each ended in one formula per seed, every formula allocated bits at every

@@ -119,9 +119,9 @@ def _shown(cell: NotebookNode, kind: str, values: dict[str, float], works: Bibli
     if figure := cell.metadata.get("mystnb"):
         (output,) = [output for output in cell.outputs if "image/png" in output.get("data", {})]
         alt, image = html.escape(figure["image"]["alt"]), output.data["image/png"].strip()
-        shown = {"text/html": f'<img alt="{alt}" src="data:image/png;base64,{image}">'}
-        caption = {"text/markdown": _resolved(figure["figure"]["caption"], values, works)}
-        cell.outputs = [v4.new_output("display_data", data=data) for data in (shown, caption)]
+        caption = html.escape(_resolved(figure["figure"]["caption"], values, works))
+        shown = f'<img alt="{alt}" src="data:image/png;base64,{image}"><figcaption>{caption}</figcaption>'
+        cell.outputs = [v4.new_output("display_data", data={"text/html": f"<figure>{shown}</figure>"})]
     return cell
 
 
