@@ -11,7 +11,7 @@ export PYTHONPATH :=
 export JUPYTER_PATH := $(CURDIR)/$(VENV)/share/jupyter
 
 .DEFAULT_GOAL := help
-.PHONY: help env book notebooks test lint benchmarks lab lock clean
+.PHONY: help env book notebooks slides student test lint benchmarks lab lock clean
 
 help:  ## list what make can do
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -32,6 +32,12 @@ book: $(READY)  ## execute the chapters and build the pages: make book [PROFILE=
 
 notebooks: $(READY)  ## execute the chapters and refresh the outputs of book/*.ipynb
 	$(BIN)/python -m emq_lib.publishing notebooks --profile $(PROFILE)
+
+slides: $(READY)  ## execute the chapters and make slides of their marked cells: make slides [PROFILE=...] [REBUILD=1]
+	$(BIN)/python -m emq_lib.publishing slides --profile $(PROFILE) $(if $(REBUILD),--rebuild)
+
+student: $(READY)  ## copy the notebooks without outputs and solutions into _build/student
+	$(BIN)/python -m emq_lib.publishing student
 
 lint: $(READY)
 	$(BIN)/ruff check emq_lib tests benchmarks book/*.py

@@ -11,7 +11,7 @@
 #     name: python3
 # ---
 
-# %% [markdown]
+# %% [markdown] slideshow={"slide_type": "slide"}
 # # 01 Bench: what each layer's bits do to accuracy
 #
 # **Question.** If every layer of a network may have its own bit width, how much does the choice matter?
@@ -19,7 +19,8 @@
 # **Answer.** A great deal. In the published study, the random configurations of this chapter reach from
 # {glue:text}`spread_min:.1f` to {glue:text}`spread_max:.1f` % top-1, and the float network has
 # {glue:text}`float_top1:.1f` %. All of them are real: real weights, real images, every image of the test set.
-#
+
+# %% [markdown]
 # | you need | |
 # |---|---|
 # | earlier chapters | none |
@@ -105,11 +106,11 @@ weight = model.get_submodule("layer2.0.conv1").weight.detach()
 channel = weight[3].flatten()
 channel.shape, channel.min().item(), channel.max().item()
 
-# %% [markdown]
+# %% [markdown] slideshow={"slide_type": "slide"}
 # Two bits are four levels. Spread them evenly over the range of this output channel, and round every weight to the
 # nearest level. The *zero point* is the level that stands for exactly zero.
 
-# %%
+# %% slideshow={"slide_type": "-"} tags=["slide-code"]
 bits = 2
 low, high = min(channel.min(), 0), max(channel.max(), 0)
 scale = (high - low) / (2**bits - 1)
@@ -118,7 +119,7 @@ codes = ((channel / scale).round() + zero_point).clamp(0, 2**bits - 1)
 rounded = (codes - zero_point) * scale
 ((rounded - channel) ** 2).sum().item()
 
-# %% [markdown]
+# %% [markdown] slideshow={"slide_type": "slide"}
 # A few large weights set that range, and all the others pay for it with coarse levels. Shrinking the range cuts the
 # large ones off and rounds the rest more finely. Which is better is a question to the data, so try every percentage.
 
@@ -135,7 +136,7 @@ def squared_error(shrink: float) -> float:
 shrinks = [1 - step / 100 for step in range(quantizers.SHRINKS)]
 errors = [squared_error(shrink) for shrink in shrinks]
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Squared error of one channel at 2 bits against the range that is kept. The smallest error (vertical line) is not at 100 %: cutting off the largest weights pays.", "name": "fig-01-1"}, "image": {"alt": "Curve of squared error against the share of the range that is kept. It has a minimum below 100 %, marked by a vertical line, and rises on both sides."}}
+# %% tags=["hide-input"] slideshow={"slide_type": "-"} mystnb={"figure": {"caption": "Squared error of one channel at 2 bits against the range that is kept. The smallest error (vertical line) is not at 100 %: cutting off the largest weights pays.", "name": "fig-01-1"}, "image": {"alt": "Curve of squared error against the share of the range that is kept. It has a minimum below 100 %, marked by a vertical line, and rises on both sides."}}
 figure, ax = plt.subplots()
 ax.plot(np.multiply(shrinks, 100), errors, color="#0072b2")
 ax.axvline(100 * shrinks[int(np.argmin(errors))], color="#d55e00")
@@ -165,7 +166,7 @@ chapter.claim(
     within=(0, 1),
 )
 
-# %% [markdown]
+# %% [markdown] slideshow={"slide_type": "slide"}
 # ## The weight bank
 #
 # A layer at $b$ bits has one quantized weight, whatever the other layers do. So quantize each layer once at each
@@ -273,7 +274,7 @@ show_table(
 # One row is one configuration on all test images: top-1, cross-entropy, the correct answers in two fixed halves of the
 # images, packed size and bit operations (BOPs). How are they spread?
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Top-1 of the random configurations, with the uniform ones and the float network marked. Bits decide between useless and nearly lossless.", "name": "fig-01-2"}, "image": {"alt": "Histogram of top-1 over random configurations, wide and skewed, with vertical lines for uniform 2, 3 and 4 bits and for the float network."}}
+# %% tags=["hide-input"] slideshow={"slide_type": "slide"} mystnb={"figure": {"caption": "Top-1 of the random configurations, with the uniform ones and the float network marked. Bits decide between useless and nearly lossless.", "name": "fig-01-2"}, "image": {"alt": "Histogram of top-1 over random configurations, wide and skewed, with vertical lines for uniform 2, 3 and 4 bits and for the float network."}}
 figure, ax = plt.subplots()
 marks = {
     f"all {row.bits[0]}": row.top1 for row in uniform.table.itertuples()
@@ -281,7 +282,7 @@ marks = {
 plot_histogram(sample.top1, marks, xlabel="top-1 on all test images (%)", ax=ax)
 plt.show()
 
-# %%
+# %% slideshow={"slide_type": "-"}
 chapter.claim(
     "spread_min",
     "The worst random configuration has {:.1f} % top-1.",
@@ -290,7 +291,7 @@ chapter.claim(
     n=len(sample),
 )
 
-# %%
+# %% slideshow={"slide_type": "-"}
 chapter.claim(
     "spread_max",
     "The best random configuration has {:.1f} % top-1.",
@@ -299,7 +300,7 @@ chapter.claim(
     n=len(sample),
 )
 
-# %%
+# %% slideshow={"slide_type": "-"}
 chapter.claim(
     "spread_sd",
     "The standard deviation of top-1 over random configurations is {:.1f} points.",
@@ -308,13 +309,13 @@ chapter.claim(
     n=len(sample),
 )
 
-# %% [markdown]
+# %% [markdown] slideshow={"slide_type": "slide"}
 # ## The noise floor
 #
 # A bench is only as good as it agrees with itself. Rank all configurations by their accuracy on half A of the test
 # images and on half B: the Spearman correlation of the two rankings says how much of an order is luck of the images.
 
-# %%
+# %% slideshow={"slide_type": "-"}
 ceiling = ranking.noise_ceiling(
     sample.half_a, sample.half_b, rng=chapter.profile.rng("noise ceiling")
 )
@@ -331,7 +332,7 @@ chapter.claim(
 # From that follows a ceiling: the true accuracies themselves, measured without any noise, would not correlate perfectly with
 # these measurements on a finite number of images. No proxy can be seen to rank better than that.
 
-# %%
+# %% slideshow={"slide_type": "-"}
 chapter.claim(
     "perfect_proxy",
     "A perfect proxy would reach rho = {:.4f}.",
@@ -406,7 +407,7 @@ effects = pd.DataFrame(
     columns=chapter.profile.choices,
 )
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Mean top-1 by the bits of each layer, layers in forward order. Going from 2 to 3 bits buys nearly all of the accuracy, and layers differ widely in how much; 3 and 4 bits differ by less than the noise of a sample of this size.", "name": "fig-01-3"}, "image": {"alt": "Three lines of mean top-1 against the layer, one for 2, 3 and 4 bits. The line for 2 bits lies lowest at nearly every layer, at some of them far lower."}}
+# %% tags=["hide-input"] slideshow={"slide_type": "slide"} mystnb={"figure": {"caption": "Mean top-1 by the bits of each layer, layers in forward order. Going from 2 to 3 bits buys nearly all of the accuracy, and layers differ widely in how much; 3 and 4 bits differ by less than the noise of a sample of this size.", "name": "fig-01-3"}, "image": {"alt": "Three lines of mean top-1 against the layer, one for 2, 3 and 4 bits. The line for 2 bits lies lowest at nearly every layer, at some of them far lower."}}
 figure, ax = plt.subplots()
 plot_by_bits(effects, ax=ax)
 plt.show()
@@ -418,7 +419,7 @@ show_table(gain.head(3).rename("points gained from 2 to 3 bits").reset_index())
 # %% [markdown]
 # Averaged over layers, with intervals from a bootstrap over configurations:
 
-# %%
+# %% slideshow={"slide_type": "-"}
 rng = chapter.profile.rng("gains by bits")
 resampled = [rng.choice(everything, size=len(everything)) for _ in range(1_000)]
 draws = [np.diff(mean_by_bits(rows), axis=0).mean(axis=1) for rows in resampled]
@@ -433,7 +434,7 @@ chapter.claim(
     n=len(sample),
 )
 
-# %%
+# %% slideshow={"slide_type": "-"}
 chapter.claim(
     "gain_three_to_four",
     "Going from 3 to 4 bits in one layer gains {:.1f} points of top-1.",
@@ -451,7 +452,7 @@ chapter.claim(
 # *stratified*: the range of sizes is cut into strips of equal width, and each strip gives one configuration, drawn
 # uniformly from those in it. A third one, *one-off*, changes a single layer of the uniform configuration in the middle.
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Top-1 against packed size. Random configurations form a cloud around the mean size; the stratified ones reach the edges, where budgets are met. At any one size accuracies spread over tens of points: size alone does not decide.", "name": "fig-01-4"}, "image": {"alt": "Scatter of top-1 against packed size: a cloud of random configurations in the middle, stratified ones from edge to edge, one-off ones near the uniform 3-bit configuration, uniform ones joined by a line."}}
+# %% tags=["hide-input"] slideshow={"slide_type": "slide"} mystnb={"figure": {"caption": "Top-1 against packed size. Random configurations form a cloud around the mean size; the stratified ones reach the edges, where budgets are met. At any one size accuracies spread over tens of points: size alone does not decide.", "name": "fig-01-4"}, "image": {"alt": "Scatter of top-1 against packed size: a cloud of random configurations in the middle, stratified ones from edge to edge, one-off ones near the uniform 3-bit configuration, uniform ones joined by a line."}}
 figure, ax = plt.subplots()
 plot_samples(
     {name: rows for name, rows in measured.table.groupby("sample")}, ax=ax
@@ -483,7 +484,7 @@ chapter.claim(
     n=len(stratified),
 )
 
-# %%
+# %% slideshow={"slide_type": "-"}
 middle = (
     sample.table["size_bytes"].rank(pct=True).between(0.45, 0.55).to_numpy()
 )
@@ -495,14 +496,14 @@ chapter.claim(
     n=int(middle.sum()),
 )
 
-# %% [markdown]
+# %% [markdown] slideshow={"slide_type": "slide"}
 # ## Adding up
 #
 # Almost every proxy is a sum over layers. How far can a sum go? Fit the best one there is: ridge regression from the
 # bits of each layer to measured accuracy, on one half of the random configurations (and of the images), and
 # let it rank the other half. It has seen accuracies, which no proxy has. This is the *additive oracle*.
 
-# %%
+# %% slideshow={"slide_type": "-"}
 search, heldout = measured.split()
 rng = chapter.profile.rng("oracles")
 fit = search.configs, search.half_a
@@ -519,11 +520,11 @@ chapter.claim(
     n=estimate.n,
 )
 
-# %% [markdown]
+# %% [markdown] slideshow={"slide_type": "-"}
 # What is missing is *interaction*: two layers at 2 bits may lose more, or less, than the sum of what each loses alone.
 # Give the regression the products of all pairs of layers as well.
 
-# %%
+# %% slideshow={"slide_type": "-"}
 pairwise = ranking.pairwise_oracle(
     *fit, heldout.configs, chapter.profile.choices
 )
@@ -543,7 +544,7 @@ chapter.claim(
 # The same question without a fit that has to be believed: pair by pair, how much more do two layers lose at the lowest width
 # than the sum says? The $p$-values allow for unequal variances; Holm's method allows for the number of pairs.
 
-# %%
+# %% slideshow={"slide_type": "slide"}
 interactions, p_values = ranking.pair_interactions(
     sample.configs, sample.top1, chapter.profile.choices
 )
@@ -558,14 +559,14 @@ chapter.claim(
     n=len(sample),
 )
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "What two layers lose together at the lowest width, beyond the sum of what each loses alone (points of top-1; red: they lose more together, blue: less). Dots mark the pairs that are clear after Holm's correction.", "name": "fig-01-5"}, "image": {"alt": "Square heat map with layers on both axes, red where two layers lose more together than the sum of each, blue where less, with dots on the clear pairs."}}
+# %% tags=["hide-input"] slideshow={"slide_type": "-"} mystnb={"figure": {"caption": "What two layers lose together at the lowest width, beyond the sum of what each loses alone (points of top-1; red: they lose more together, blue: less). Dots mark the pairs that are clear after Holm's correction.", "name": "fig-01-5"}, "image": {"alt": "Square heat map with layers on both axes, red where two layers lose more together than the sum of each, blue where less, with dots on the clear pairs."}}
 figure, ax = plt.subplots(figsize=(6, 5.2))
 marks = np.zeros(interactions.shape, dtype=bool)
 marks[pairs] = clear
 plot_interactions(interactions, marks | marks.T, names=effects.index, ax=ax)
 plt.show()
 
-# %% [markdown]
+# %% [markdown] slideshow={"slide_type": "slide"}
 # ## Rounding that looks at outputs
 #
 # Rounding to nearest changes each weight least. AdaRound {cite:p}`adaround` changes each layer's *output* least: weight by weight it
@@ -575,12 +576,12 @@ plt.show()
 # %%
 show_source(reconstruction.adaround)
 
-# %% [markdown]
+# %% [markdown] slideshow={"slide_type": "-"}
 # The inputs are those of the float network. So a layer at $b$ bits still has one weight, whatever the other layers do, and the bank
 # stays a bank: $L \times |B|$ reconstructions serve every configuration. The published bench holds the same configurations
 # under both quantizers.
 
-# %%
+# %% slideshow={"slide_type": "-"}
 rounded = bench.Bench.load(chapter.profile, quantizer="adaround")
 learned = rounded.select("random")
 assert (learned.configs == sample.configs).all()
@@ -595,7 +596,7 @@ chapter.claim(
     n=len(learned),
 )
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Top-1 of the random configurations under both quantizers. Learned rounding lifts the bad ones most: what spans most of the range on the horizontal axis spans a few points on the vertical one.", "name": "fig-01-6"}, "image": {"alt": "Scatter of top-1 under learned rounding against top-1 under rounding to nearest: a flat band near the top that rises slowly to the right."}}
+# %% tags=["hide-input"] slideshow={"slide_type": "slide"} mystnb={"figure": {"caption": "Top-1 of the random configurations under both quantizers. Learned rounding lifts the bad ones most: what spans most of the range on the horizontal axis spans a few points on the vertical one.", "name": "fig-01-6"}, "image": {"alt": "Scatter of top-1 under learned rounding against top-1 under rounding to nearest: a flat band near the top that rises slowly to the right."}}
 figure, ax = plt.subplots()
 plot_scatter(
     sample.top1,
@@ -607,7 +608,7 @@ plot_scatter(
 )
 plt.show()
 
-# %% [markdown]
+# %% [markdown] slideshow={"slide_type": "slide"}
 # With so little left between configurations, is there still an order to be found? What was asked of the first bench, asked of both.
 # Where the spread drowns in the noise of few test images, the bench has one more sample, in which layers may have 1 bit too.
 
@@ -637,7 +638,7 @@ rows = [
 table = pd.DataFrame(rows).set_index("random configurations under")
 show_table(table.T.rename_axis(index=table.index.name).reset_index())
 
-# %%
+# %% slideshow={"slide_type": "-"}
 chapter.claim(
     "adaround_sd",
     "With learned rounding the standard deviation over random configurations is {:.2f} points.",
@@ -646,7 +647,7 @@ chapter.claim(
     n=len(learned),
 )
 
-# %%
+# %% slideshow={"slide_type": "-"}
 chapter.claim(
     "adaround_ceiling",
     "There a perfect proxy would reach rho = {:.3f}.",
@@ -659,7 +660,7 @@ chapter.claim(
     n=len(learned),
 )
 
-# %%
+# %% slideshow={"slide_type": "-"}
 agreement = ranking.bootstrap_rho(
     sample.top1, learned.top1, rng=chapter.profile.rng("quantizers")
 )
@@ -672,7 +673,7 @@ chapter.claim(
     n=agreement.n,
 )
 
-# %%
+# %% slideshow={"slide_type": "-"}
 search, heldout = rounded.split()
 oracle = ranking.additive_oracle(
     search.configs, search.half_a, heldout.configs, chapter.profile.choices
@@ -689,7 +690,7 @@ chapter.claim(
     n=estimate.n,
 )
 
-# %% [markdown]
+# %% [markdown] slideshow={"slide_type": "slide"}
 # ### Layer by layer, or in order?
 #
 # The bank reconstructs each layer for itself. BRECQ {cite:p}`brecq` reconstructs whole blocks, one after another, each on the inputs that
@@ -697,7 +698,7 @@ chapter.claim(
 # every configuration. It was done for a few, with BRECQ's order and a plain squared error, to see whether the
 # bank's shortcut misleads.
 
-# %%
+# %% slideshow={"slide_type": "-"}
 rows = again[again["quantizer"] == "in order"]
 in_order = rows.set_index("bits")["top1"]
 from_bank = by_draw["adaround"][0].loc[in_order.index]
@@ -711,7 +712,7 @@ chapter.claim(
     n=len(in_order),
 )
 
-# %%
+# %% slideshow={"slide_type": "-"}
 difference = stats.ttest_1samp(in_order - from_bank, 0)
 low, high = difference.confidence_interval()
 chapter.claim(
@@ -726,7 +727,7 @@ chapter.claim(
 # %% [markdown]
 # Why do they hardly agree? Because there is hardly anything left to agree on:
 
-# %%
+# %% slideshow={"slide_type": "-"}
 chapter.claim(
     "order_sd",
     "After reconstruction in order the standard deviation over these configurations is {:.2f} points.",
@@ -750,14 +751,14 @@ chapter.claim(
 # So this check neither confirms nor refutes the bank's order. It says something else: reconstruct well enough, and at these widths
 # it hardly matters which layer gets which.
 
-# %% [markdown]
+# %% [markdown] slideshow={"slide_type": "slide"}
 # ## Other networks
 #
 # Does what one network says about bits hold in another? Take the additive oracle's table of one study, stretch it to the
 # depth of another by linear interpolation (slot $s$ of $S$ stands at $(s + \tfrac12)/S$), and let it rank the other's held-out
 # half. On the diagonal is a network's own oracle; the first row is what counting bits does, told nothing at all.
 
-# %%
+# %% slideshow={"slide_type": "-"}
 studies = [
     bench.Bench.load(profile)
     for profile in map(get_profile, profile_names())
@@ -789,7 +790,7 @@ shown = pd.DataFrame(transfer).map(
 shown.loc["n"] = [len(heldout) for _, heldout in halves]
 show_table(shown.rename_axis("fitted on").reset_index())
 
-# %%
+# %% slideshow={"slide_type": "-"}
 here = transfer[chapter.profile.name]
 others = [
     rho
@@ -806,7 +807,7 @@ best and chapter.claim(
     n=best.n,
 )
 
-# %% [markdown]
+# %% [markdown] slideshow={"slide_type": "slide"}
 # ## What we found
 #
 # - Bits chosen at random spread top-1 over {glue:text}`spread_sd:.1f` points of standard deviation: the bench separates
@@ -828,7 +829,8 @@ best and chapter.claim(
 #   to 4 bits there is then little to choose.
 # - What accuracies say about one network's layers is hardly better than counting bits when it is carried over to another network by
 #   depth. Sensitivity belongs to the network.
-#
+
+# %% [markdown] slideshow={"slide_type": "slide"}
 # ## What could be wrong
 #
 # - One network, trained once, on one data set. The section on other networks carries tables over by depth alone; a carriage that knows
@@ -836,7 +838,8 @@ best and chapter.claim(
 # - Learned rounding is judged with settings that fit a laptop, and reconstruction in order on twenty configurations. Twenty that
 #   differ by less than the images' luck cannot tell whether the bank's order is the order of better quantizers.
 # - The next two chapters judge proxies on the random sample, which crowds around the mean size. Budgets are met at the edges.
-#
+
+# %% [markdown]
 # How each file of this study was made:
 
 # %%
@@ -852,37 +855,166 @@ show_table(
     decimals=1,
 )
 
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## Quiz
+#
+# 1. Two bits are four levels, so a range that leaves out a weight cannot represent it. Must a good range then cover all weights of its
+#    channel?
+
+# %% [markdown] tags=["solution"]
+# :::{dropdown} Answer
+# No. The range sets the distance of the levels, so a few large weights make all others coarse. The range with the least squared error
+# cuts some weights off and rounds the rest more finely.
+# :::
+
+# %% [markdown] slideshow={"slide_type": "-"}
+# 2. A network with $L$ searchable layers and $B$ widths has $B^L$ configurations. How many tensors have to be quantized to measure any of
+#    them, and what would break this?
+
+# %% [markdown] tags=["solution"]
+# :::{dropdown} Answer
+# $L \cdot B$: a layer's weight at $b$ bits does not depend on the other layers. It would break if it did, as in reconstruction in order,
+# where a block is fitted to what the quantized blocks before it give.
+# :::
+
+# %% [markdown] slideshow={"slide_type": "-"}
+# 3. The two halves of the test images rank the configurations almost alike. Does that make a measured top-1 the network's true accuracy?
+
+# %% [markdown] tags=["solution"]
+# :::{dropdown} Answer
+# No. It says that the *order* is not luck of the images. Each accuracy still has the error of a share of so many images, and the
+# checkpoint, the data set and the calibration images are one draw each.
+# :::
+
+# %% [markdown] slideshow={"slide_type": "-"}
+# 4. Averaged over random configurations a fourth bit gains next to nothing. May one then drop the width 4 from the choices?
+
+# %% [markdown] tags=["solution"]
+# :::{dropdown} Answer
+# No. In a random configuration some other layer has 2 bits and decides. Where no layer is that low, which is where a generous budget leads,
+# the last points come from fourth bits. An average over random configurations speaks of random configurations.
+# :::
+
+# %% [markdown] slideshow={"slide_type": "-"}
+# 5. Two layers at 2 bits lose 5 points each when alone, and 14 together. Which models of accuracy cannot say so, however well they are fitted?
+
+# %% [markdown] tags=["solution"]
+# :::{dropdown} Answer
+# All sums over layers. They give both layers together the sum of what each loses alone; the 4 points beyond that are an interaction.
+# :::
+
+# %% [markdown] slideshow={"slide_type": "-"}
+# 6. A proxy ranks a bench well that was measured with rounding to nearest. What is known about it under learned rounding?
+
+# %% [markdown] tags=["solution"]
+# :::{dropdown} Answer
+# Little. The two quantizers rank the same configurations differently, because what a layer loses by rounding to nearest is not what it
+# loses when its rounding is learned.
+# :::
+
 # %% [markdown]
 # ## Exercises
 #
+# Three levels: *by hand* is paper and pencil; *from data/* is a few lines on the tables of a study; *longer* needs a loop or a fit.
+#
 # 1. *(by hand)* A channel holds the weights 0, 1, 2, 3 and 8. Round them to 2 bits on the full range, then on the range
 #    0 to 3. Which has the smaller squared error, and which weight pays for it?
-# 2. *(from data/)* How many of the random configurations have a higher top-1 than the uniform 3-bit one although they
-#    are smaller?
-# 3. *(longer)* Fit top-1 by the sum of the bits alone. How large is the error that is left, in points?
-#
+# 2. *(by hand)* Round the weight $((0, 1), (12, 30))$ to 2 bits, first with one range for all four numbers, then with one for each row. What
+#    are the squared errors, and what does the better one cost in bytes?
+# 3. *(by hand)* A channel holds $-1, -0.2, 0.6$ and $2$. What are its scale and zero point at 2 bits on the full range, what the four
+#    codes, and what the squared error?
+# 4. *(by hand)* Two layers may have 2 or 3 bits. Top-1 is 50 for $(2, 2)$, 70 for $(2, 3)$, 80 for $(3, 2)$ and 90 for $(3, 3)$. How large
+#    is the interaction, and how far off is the best sum over layers?
+# 5. *(from data/)* Of the random configurations that are smaller than the uniform 3-bit one, how many have a higher top-1?
+# 6. *(from data/)* Take each random configuration's top-1 on half A less that on half B. What standard deviation would independent images
+#    give, which one do you find, and why?
+# 7. *(longer)* Fit top-1 on the search half by the sum of the bits alone, then by one term per layer and width. How large
+#    are the errors on the held-out half, in points?
+
+# %% [markdown] tags=["solution"]
 # :::{dropdown} Solutions
 # 1. The full range has levels 0, 8/3, 16/3, 8: squared error $1^2 + (2/3)^2 + (1/3)^2 = 14/9$ (0 and 8 are exact; 1 rounds to 0,
 #    2 and 3 to 8/3). The range 0 to 3 is exact but for the 8, which is cut off to 3: squared error 25. Here the full
 #    range is better; with many more small weights it would not be.
-# 2. and 3. See the cells below.
+# 2. One range has the levels 0, 10, 20, 30: 1 goes to 0 and 12 to 10, squared error $1 + 4 = 5$. A range of its own makes the first row
+#    exact and leaves the second as it was: 4. It costs one more scale and zero point, five bytes.
+# 3. The range from -1 to 2 has three steps, so the scale is 1 and the zero point 1. Codes 0, 1, 2, 3 stand for -1, 0, 1, 2: squared error
+#    $0.2^2 + 0.4^2 = 0.2$.
+# 4. $50 + 90 - 70 - 80 = -10$: together the two layers lose 10 points more than the sum of what each loses alone. The best sum spreads
+#    that over the four configurations and is 2.5 points off at each.
+# 5. See the cell below. Bits that are thrown at random hardly ever beat an even hand.
+# 6. Less than independent images would give. All configurations see the *same* images: if half A is the easier one, it is easier for
+#    nearly all of them, and that part of the luck does not touch their order.
+# 7. See the cell below. The sum of the bits does not know that layers differ.
 # :::
 
-# %% tags=["hide-cell"]
-three = uniform.table.iloc[1]
-better_and_smaller = sample.table.query(
-    "top1 > @three.top1 and size_bytes < @three.size_bytes"
-)
-len(better_and_smaller)
 
-# %% tags=["hide-cell"]
-total = sample.configs.sum(axis=1)
-residual = sample.top1 - np.polyval(np.polyfit(total, sample.top1, 1), total)
-assert residual.std() < sample.top1.std()
-residual.std()
+# %% tags=["hide-cell", "solution"]
+def on_range(values: np.ndarray, high: float) -> np.ndarray:
+    """Return the values on the nearest of four levels from 0 to high."""
+    levels = np.linspace(0, high, 4)
+    return levels[np.abs(values[..., None] - levels).argmin(axis=-1)]
 
-# %% tags=["hide-cell"]
-levels = np.array([0, 8 / 3, 16 / 3, 8])
+
 example = np.array([0, 1, 2, 3, 8])
-nearest = levels[np.abs(example[:, None] - levels).argmin(axis=1)]
-assert np.isclose(((nearest - example) ** 2).sum(), 14 / 9)
+full, cut = (
+    ((on_range(example, high) - example) ** 2).sum() for high in (8, 3)
+)
+assert np.isclose(full, 14 / 9)
+assert cut == 25
+
+# %% tags=["hide-cell", "solution"]
+matrix = np.array([[0, 1], [12, 30]])
+by_row = np.stack([on_range(row, row.max()) for row in matrix])
+assert ((on_range(matrix, matrix.max()) - matrix) ** 2).sum() == 5
+assert ((by_row - matrix) ** 2).sum() == 4
+
+# %% tags=["hide-cell", "solution"]
+by_hand = weight.new_tensor([[-1, -0.2, 0.6, 2]])
+scale, zero_point = quantizers.choose_qparams(by_hand, bits=2, shrinks=1)
+codes = (by_hand / scale).round() + zero_point
+assert (scale.item(), zero_point.item()) == (1, 1)
+assert codes.tolist() == [[0, 1, 2, 3]]
+assert np.isclose(((codes - 1) - by_hand).square().sum().item(), 0.2)
+
+# %% tags=["hide-cell", "solution"]
+corners = np.array([[50, 70], [80, 90]])  # rows: bits of the first layer
+best_sum = np.add.outer(corners.mean(axis=1), corners.mean(axis=0))
+left = corners - (best_sum - corners.mean())
+assert corners[0, 0] + corners[1, 1] - corners[0, 1] - corners[1, 0] == -10
+assert np.allclose(left, [[-2.5, 2.5], [2.5, -2.5]])
+
+# %% tags=["hide-cell", "solution"]
+three = uniform.table.iloc[1]
+smaller = sample.table.query("size_bytes < @three.size_bytes")
+better = (smaller["top1"] > three.top1).sum()
+assert better < len(smaller) / 4
+better, len(smaller)
+
+# %% tags=["hide-cell", "solution"]
+halves = (
+    sample.table["correct_a"] / sample.table["n_a"],
+    sample.table["correct_b"] / sample.table["n_b"],
+)
+found = 100 * (halves[0] - halves[1]).std()
+share = sample.top1 / 100
+images = 1 / sample.table["n_a"] + 1 / sample.table["n_b"]
+independent = 100 * np.sqrt((share * (1 - share) * images).mean())
+assert found < independent
+found, independent
+
+# %% tags=["hide-cell", "solution"]
+search, heldout = measured.split()
+line = np.polyfit(search.configs.sum(axis=1), search.top1, 1)
+predictions = {
+    "sum of the bits": np.polyval(line, heldout.configs.sum(axis=1)),
+    "a term per layer and width": ranking.additive_oracle(
+        search.configs, search.top1, heldout.configs, chapter.profile.choices
+    ).predictions,
+}
+errors = {
+    name: np.sqrt(np.mean((one - heldout.top1) ** 2))
+    for name, one in predictions.items()
+}
+assert errors["a term per layer and width"] < errors["sum of the bits"]
+errors

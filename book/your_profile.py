@@ -228,15 +228,16 @@ except UnsupportedModelError as error:
 # ## Exercises
 #
 # 1. *(by hand)* How many configurations does this profile have in all, and which share of them was measured?
-# 2. *(on this page)* Pin the first convolution as well. How many slots are left, and what do the rows of the old bench become?
+# 2. *(by hand)* Pin the first convolution as well. How many slots are left, and what do the rows of the old bench become?
 # 3. *(longer)* Tie the third convolution to the second, rebuild, and compare the spread of top-1.
-#
+
+# %% [markdown] tags=["solution"]
 # :::{dropdown} Solutions
 # 1. $3^5 = 243$; see the cell below.
 # 2. Four. The rows are keyed by what is pinned, so none is taken over: the new bench is measured from the start.
 # 3. `tied=(("2.0", "1.0"),)`. Four slots are left, and a configuration can no longer be good in one of the two layers only.
 # :::
 
-# %% tags=["hide-cell"]
+# %% tags=["hide-cell", "solution"]
 assert 3**5 == 243
 len(own) / 3**5

@@ -1,4 +1,4 @@
-"""Executing the chapters and building the pages: the module behind ``make book`` and ``make notebooks``."""
+"""Executing the chapters, building pages and slides, and copies for students: what ``make`` calls for the book."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ import jupytext
 import nbformat
 import papermill
 import yaml
+from nbconvert.preprocessors import TagRemovePreprocessor
 from papermill.exceptions import PapermillExecutionError
 
+from emq_lib import slides
 from emq_lib.artefacts import REPOSITORY
 from emq_lib.errors import EMQError
 from emq_lib.profiles import get_profile
@@ -25,6 +27,7 @@ from emq_lib.profiles import get_profile
 KERNEL = "python3"
 INJECTED = "injected-parameters"
 HEADLINE = "headline"  # tag of the cell whose figure stands in the README
+SOLUTION = "solution"  # tag of the cells that students do not get
 
 
 class ChapterError(EMQError, RuntimeError):
@@ -110,6 +113,23 @@ def build_pages(build: pathlib.Path, html: pathlib.Path) -> pathlib.Path:
     return html / "index.html"
 
 
+def build_slides(name: str, build: pathlib.Path) -> pathlib.Path:
+    """Write the slides of an executed chapter into `build`/slides; return their path."""
+    return slides.export_deck(build / "source" / "book" / f"{name}.ipynb", build / "slides")
+
+
+def write_student_copies(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Write every notebook without outputs, solutions and answers into a folder; return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    remove = TagRemovePreprocessor(remove_cell_tags={SOLUTION})
+    paths = []
+    for name in chapter_names():
+        notebook, _ = remove.preprocess(_read_source(name), {})
+        paths.append(folder / f"{name}.ipynb")
+        nbformat.write(notebook, paths[-1])
+    return paths
+
+
 def refresh_outputs(name: str, build: pathlib.Path) -> None:
     """Write a chapter's executed outputs into its notebook in ``book/``, without a trace of papermill or of warnings.
 
@@ -146,18 +166,25 @@ def _read_source(name: str) -> nbformat.NotebookNode:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m emq_lib.publishing", description=__doc__)
-    parser.add_argument("action", choices=("book", "notebooks"))
+    parser.add_argument("action", choices=("book", "notebooks", "slides", "student"))
     parser.add_argument("--profile", default="cifar10-resnet20", help="study that the chapters show")
     parser.add_argument("--rebuild", action="store_true", help="compute the study afresh instead of reading it")
     options = parser.parse_args(arguments)
     build = REPOSITORY / "_build" / options.profile
     try:
         get_profile(options.profile)
+        if options.action == "student":
+            print(*write_student_copies(REPOSITORY / "_build" / "student"), sep="\n")
+            return 0
         for name in chapter_names():
+            if options.action == "slides" and not slides.has_slides(_read_source(name)):
+                continue
             print(f"{name} ...", end=" ", flush=True)
             print(f"{execute(name, options.profile, rebuild=options.rebuild, build=build, study_root=None):.0f} s")
             if options.action == "notebooks":
                 refresh_outputs(name, build)
+            if options.action == "slides":
+                print(build_slides(name, build))
         if options.action == "book":
             print(f"The book: {build_pages(build, build / 'html')}")
     except EMQError as error:
