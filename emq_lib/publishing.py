@@ -1,10 +1,12 @@
-"""Executing the chapters and building the pages: the module behind ``make book`` and ``make notebooks``."""
+"""Executing the chapters and building the pages: the module behind ``make book``, ``pages`` and ``notebooks``."""
 
 from __future__ import annotations
 
 import argparse
 import ast
 import base64
+import hashlib
+import json
 import os
 import pathlib
 import shutil
@@ -18,6 +20,7 @@ import papermill
 import yaml
 from papermill.exceptions import PapermillExecutionError
 
+from emq_lib import pages
 from emq_lib.artefacts import REPOSITORY
 from emq_lib.errors import EMQError
 from emq_lib.profiles import get_profile
@@ -25,6 +28,21 @@ from emq_lib.profiles import get_profile
 KERNEL = "python3"
 INJECTED = "injected-parameters"
 HEADLINE = "headline"  # tag of the cell whose figure stands in the README
+COSTS = REPOSITORY / "benchmarks" / "chapters.json"
+FINGERPRINT = "emq"  # key of a notebook's metadata
+
+# Runs last in every chapter, is shown nowhere, and prints the peak memory of the chapter and of its workers.
+MEASURE_MEMORY = """
+import json, resource
+import torch
+who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+gpu = torch.cuda.is_available()
+print(json.dumps({
+    "memory_bytes": 1024 * sum(resource.getrusage(one).ru_maxrss for one in who),
+    "gpu_memory_bytes": torch.cuda.max_memory_allocated() if gpu else 0,
+    "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
+}))
+"""
 
 
 class ChapterError(EMQError, RuntimeError):
@@ -38,7 +56,9 @@ def chapter_names() -> list[str]:
     return [file.name for file in files if (REPOSITORY / file).with_suffix(".py").is_file()]
 
 
-def execute(name: str, profile: str, *, rebuild: bool, build: pathlib.Path, study_root: pathlib.Path | None) -> float:
+def execute(
+    name: str, profile: str, *, rebuild: bool, build: pathlib.Path, study_root: pathlib.Path | None, seed: int = 0
+) -> float:
     """Execute one chapter with papermill into `build`/source/book.
 
     The cells come from the chapter's ``.py``; the notebook in ``book/`` is not touched.
@@ -49,6 +69,7 @@ def execute(name: str, profile: str, *, rebuild: bool, build: pathlib.Path, stud
         rebuild: parameter REBUILD.
         build: folder of this build; claims go to its folder ``ledger``.
         study_root: folder of the studies instead of ``data/``.
+        seed: parameter SEED.
 
     Returns:
         wall time in seconds.
@@ -60,7 +81,10 @@ def execute(name: str, profile: str, *, rebuild: bool, build: pathlib.Path, stud
     target.parent.mkdir(parents=True, exist_ok=True)
     source = build / "input" / f"{name}.ipynb"
     source.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(_read_source(name), source)
+    notebook = _read_source(name)
+    tags = {"tags": [INJECTED, "remove-cell"]}
+    notebook.cells.append(nbformat.v4.new_code_cell(MEASURE_MEMORY.strip(), id="memory", metadata=tags))
+    nbformat.write(notebook, source)
     environment = {"EMQ_LEDGER_DIR": str(build / "ledger")}
     if study_root is not None:
         environment["EMQ_STUDY_ROOT"] = str(study_root)
@@ -71,7 +95,7 @@ def execute(name: str, profile: str, *, rebuild: bool, build: pathlib.Path, stud
         papermill.execute_notebook(
             str(source),
             str(target),
-            parameters=_changed_parameters(source, {"PROFILE": profile, "REBUILD": rebuild}),
+            parameters=_changed_parameters(source, {"PROFILE": profile, "REBUILD": rebuild, "SEED": seed}),
             kernel_name=KERNEL,
             cwd=str(REPOSITORY / "book"),
             progress_bar=False,
@@ -107,7 +131,16 @@ def build_pages(build: pathlib.Path, html: pathlib.Path) -> pathlib.Path:
         raise ChapterError(f"The pages were not built:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
     shutil.rmtree(html, ignore_errors=True)
     shutil.copytree(build / "pages" / "_build" / "html", html)
+    pages.work_offline(html)
     return html / "index.html"
+
+
+def copy_notebooks(build: pathlib.Path) -> None:
+    """Put the notebooks of ``book/``, with the outputs they have, where `build_pages` expects executed ones."""
+    target = build / "source" / "book"
+    target.mkdir(parents=True, exist_ok=True)
+    for name in chapter_names():
+        shutil.copy(REPOSITORY / "book" / f"{name}.ipynb", target)
 
 
 def refresh_outputs(name: str, build: pathlib.Path) -> None:
@@ -119,6 +152,7 @@ def refresh_outputs(name: str, build: pathlib.Path) -> None:
     run = [cell for cell in executed.cells if INJECTED not in cell.metadata.get("tags", [])]
     notebook = _read_source(name)
     notebook.metadata["language_info"] = {"name": "python"}
+    notebook.metadata[FINGERPRINT] = fingerprint(name)
     for cell, done in zip(notebook.cells, run, strict=True):
         if cell.cell_type == "code":
             cell.outputs = [output for output in done.outputs if output.get("name") != "stderr"]
@@ -127,6 +161,28 @@ def refresh_outputs(name: str, build: pathlib.Path) -> None:
             image = next(output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {}))
             (REPOSITORY / "book" / "_static" / "headline.png").write_bytes(base64.b64decode(image))
     nbformat.write(notebook, REPOSITORY / "book" / f"{name}.ipynb")
+
+
+def fingerprint(name: str) -> dict[str, str]:
+    """Return digests of what a chapter's outputs follow from: its code, and the tables and timings that are published.
+
+    Prose and captions change no output and do not count. Nor does the library, which would make every page stale with
+    every commit: the tests run all chapters live against it, and compare the sources that pages show.
+    """
+    code = "\0".join(cell.source for cell in _read_source(name).cells if cell.cell_type == "code")
+    paths = [*REPOSITORY.glob("data/*/manifest.json"), *REPOSITORY.glob("benchmarks/*.json")]
+    tables = b"\0".join(path.read_bytes() for path in sorted(paths) if path != COSTS)
+    return {"code": hashlib.sha256(code.encode()).hexdigest(), "tables": hashlib.sha256(tables).hexdigest()}
+
+
+def record_cost(name: str, profile: str, build: pathlib.Path, *, seconds: float) -> None:
+    """Enter what an executed chapter took into ``benchmarks/chapters.json``, by device, study and chapter."""
+    executed = nbformat.read(build / "source" / "book" / f"{name}.ipynb", as_version=4)
+    cost = json.loads(executed.cells[-1].outputs[-1].text)
+    costs = json.loads(COSTS.read_text()) if COSTS.is_file() else {}
+    study = costs.setdefault(cost.pop("device"), {}).setdefault(profile, {})
+    study[name] = {"seconds": round(seconds, 1)} | cost
+    COSTS.write_text(json.dumps(costs, indent=1, sort_keys=True) + "\n")
 
 
 def _changed_parameters(notebook: pathlib.Path, parameters: dict[str, object]) -> dict[str, object]:
@@ -146,19 +202,26 @@ def _read_source(name: str) -> nbformat.NotebookNode:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m emq_lib.publishing", description=__doc__)
-    parser.add_argument("action", choices=("book", "notebooks"))
+    parser.add_argument("action", choices=("book", "notebooks", "pages"))
     parser.add_argument("--profile", default="cifar10-resnet20", help="study that the chapters show")
     parser.add_argument("--rebuild", action="store_true", help="compute the study afresh instead of reading it")
+    parser.add_argument("--seed", type=int, default=0, help="not 0: another draw of all that is random")
     options = parser.parse_args(arguments)
     build = REPOSITORY / "_build" / options.profile
+    choices = {"rebuild": options.rebuild, "seed": options.seed, "build": build}
+    choices["study_root"] = build / f"studies-seed-{options.seed}" if options.seed else None
     try:
         get_profile(options.profile)
-        for name in chapter_names():
+        for name in chapter_names() if options.action != "pages" else ():
             print(f"{name} ...", end=" ", flush=True)
-            print(f"{execute(name, options.profile, rebuild=options.rebuild, build=build, study_root=None):.0f} s")
+            seconds = execute(name, options.profile, **choices)
+            print(f"{seconds:.0f} s")
             if options.action == "notebooks":
+                record_cost(name, options.profile, build, seconds=seconds)
                 refresh_outputs(name, build)
-        if options.action == "book":
+        if options.action == "pages":
+            copy_notebooks(build)
+        if options.action != "notebooks":
             print(f"The book: {build_pages(build, build / 'html')}")
     except EMQError as error:
         print(f"error: {error}", file=sys.stderr)
