@@ -27,8 +27,9 @@
 # | time and memory | a minute and 1 GB |
 
 # %% tags=["parameters"]
-PROFILE = "cifar10-resnet20"  # study to show
-REBUILD = False  # nothing to compute here
+PROFILE: str = "cifar10-resnet20"  # study to show
+REBUILD: bool = False  # nothing to compute here
+SEED: int = 0  # another number: another draw of all that is random
 
 # %% tags=["hide-input"]
 import dataclasses
@@ -52,7 +53,7 @@ from emq_lib.profiles import get_profile
 from emq_lib.report import plot_dots, show_source, show_table, start_chapter
 from scipy.stats import binomtest
 
-chapter = start_chapter("05_quantization", PROFILE, REBUILD)
+chapter = start_chapter("05_quantization", PROFILE, REBUILD, SEED)
 
 # %% [markdown]
 # ## Packing by hand
