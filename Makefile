@@ -26,6 +26,7 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@mkdir -p _build  # papermill writes into folders that are there
 	@touch $@
 
 book: $(READY)  ## execute the chapters and build the pages: make book [PROFILE=...] [REBUILD=1] [SEED=...]

@@ -51,17 +51,60 @@ def work_offline(html: pathlib.Path) -> None:
     shutil.rmtree(static / "locales", ignore_errors=True)
 
 
+def configure(config: dict) -> dict:
+    """Return ``_config.yml`` as Sphinx gets it: with the buttons that need the repository's address, or without it.
+
+    >>> sorted(configure({"repository": {"url": ""}, "html": {}}))
+    ['html']
+    """
+    if not config["repository"]["url"]:
+        return {key: value for key, value in config.items() if key != "repository"}
+    buttons = dict.fromkeys(("use_repository_button", "use_edit_page_button", "use_issues_button"), True)
+    launch = {"binderhub_url": "https://mybinder.org", "colab_url": "https://colab.research.google.com"}
+    return config | {"html": config["html"] | buttons, "launch_buttons": {"notebook_interface": "jupyterlab"} | launch}
+
+
+def first_cell(address: str) -> str:
+    """Return code that fetches the book and its pinned environment where they are missing, and else does nothing."""
+    return f"""\
+import importlib.util
+import os
+import subprocess
+import sys
+
+if importlib.util.find_spec("emq_lib") is None:
+    subprocess.run(["git", "clone", "--quiet", "{address}", "emq"], check=True)
+    install = [sys.executable, "-m", "pip", "install", "--quiet"]
+    subprocess.run([*install, "-r", "emq/requirements.lock"], check=True)
+    subprocess.run([*install, "--no-deps", "--editable", "emq"], check=True)
+    sys.path.insert(0, os.path.abspath("emq"))
+    os.chdir("emq/book")"""
+
+
 def find_browser() -> str | None:
     """Return the path of a Chromium on this machine, or None."""
     return next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
-def pack_notebooks(folder: pathlib.Path, names: Sequence[str], target: pathlib.Path) -> None:
-    """Write the notebooks `names` of `folder` into one zip, the same bytes for the same notebooks."""
-    with zipfile.ZipFile(target, "w") as archive:
-        for name in names:
-            entry = zipfile.ZipInfo(f"emq-notebooks/{name}.ipynb")
-            archive.writestr(entry, (folder / f"{name}.ipynb").read_bytes(), zipfile.ZIP_DEFLATED)
+def add_downloads(html: pathlib.Path, notebooks: pathlib.Path, *, names: Sequence[str], title: str) -> None:
+    """Add the book as a PDF and its notebooks as a zip; without a browser there is no PDF, and no link to one.
+
+    Args:
+        html: folder of the pages.
+        notebooks: folder of the executed notebooks.
+        names: pages in the order of the book, without ending.
+        title: title of the PDF.
+    """
+    with zipfile.ZipFile(html / ZIP_NAME, "w") as archive:  # the same bytes for the same notebooks
+        for path in (notebooks / f"{name}.ipynb" for name in names):
+            if path.is_file():
+                archive.writestr(zipfile.ZipInfo(f"emq-notebooks/{path.name}"), path.read_bytes(), zipfile.ZIP_DEFLATED)
+    printed = [html / "book" / f"{name}.html" for name in names]
+    if browser := find_browser():
+        print_pdf(printed, html / PDF_NAME, browser=browser, title=title)
+    else:
+        first = printed[0]
+        first.write_text(re.sub(rf'<a [^>]*href="[^"]*{PDF_NAME}"[^>]*>.*?</a>\s*', "", first.read_text()))
 
 
 def print_pdf(pages: Sequence[pathlib.Path], target: pathlib.Path, *, browser: str, title: str) -> None:
@@ -84,6 +127,7 @@ def print_pdf(pages: Sequence[pathlib.Path], target: pathlib.Path, *, browser: s
             sheet.goto(page.resolve().as_uri())
             sheet.wait_for_load_state("networkidle")
             sheet.evaluate("window.MathJax?.startup?.promise.then(() => null)")
+            sheet.add_style_tag(content=f":root {{ counter-reset: page {len(book.pages)} }}")
             sheet.evaluate("document.querySelectorAll('details').forEach(folded => { folded.open = true })")
             heading = sheet.title().split(" — ")[0]
             sheet.pdf(path=printed, format="A4", tagged=True, prefer_css_page_size=True)

@@ -20,8 +20,8 @@ import papermill
 import yaml
 from papermill.exceptions import PapermillExecutionError
 
-from emq_lib import pages
-from emq_lib.artefacts import REPOSITORY
+from emq_lib import drawings, pages
+from emq_lib.artefacts import REPOSITORY, repository_address
 from emq_lib.errors import EMQError
 from emq_lib.profiles import get_profile
 
@@ -31,17 +31,14 @@ HEADLINE = "headline"  # tag of the cell whose figure stands in the README
 COSTS = REPOSITORY / "benchmarks" / "chapters.json"
 FINGERPRINT = "emq"  # key of a notebook's metadata
 
-# Runs last in every chapter, is shown nowhere, and prints the peak memory of the chapter and of its workers.
+# Runs last in every chapter, is shown nowhere, and prints the peak memory of the chapter and of its largest worker.
 MEASURE_MEMORY = """
 import json, resource
 import torch
-who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-gpu = torch.cuda.is_available()
-print(json.dumps({
-    "memory_bytes": 1024 * sum(resource.getrusage(one).ru_maxrss for one in who),
-    "gpu_memory_bytes": torch.cuda.max_memory_allocated() if gpu else 0,
-    "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
-}))
+from emq_lib.artefacts import device_name
+peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+print(json.dumps({"device": device_name(), "memory_bytes": 1024 * sum(peaks), "gpu_memory_bytes": gpu}))
 """
 
 
@@ -51,9 +48,14 @@ class ChapterError(EMQError, RuntimeError):
 
 def chapter_names() -> list[str]:
     """Return the notebooks of the book in the order of ``_toc.yml``, without ending, e.g. "01_bench"."""
-    toc = yaml.safe_load((REPOSITORY / "_toc.yml").read_text())
-    files = [pathlib.PurePath(entry["file"]) for entry in toc["chapters"]]
+    files = map(pathlib.PurePath, _toc_files())
     return [file.name for file in files if (REPOSITORY / file).with_suffix(".py").is_file()]
+
+
+def _toc_files() -> list[str]:
+    """Return all files of ``_toc.yml`` in order, without ending, e.g. "book/intro"."""
+    toc = yaml.safe_load((REPOSITORY / "_toc.yml").read_text())
+    return [toc["root"], *(entry["file"] for part in toc["parts"] for entry in part["chapters"])]
 
 
 def execute(
@@ -81,7 +83,7 @@ def execute(
     target.parent.mkdir(parents=True, exist_ok=True)
     source = build / "input" / f"{name}.ipynb"
     source.parent.mkdir(parents=True, exist_ok=True)
-    notebook = _read_source(name)
+    notebook = read_source(name)
     tags = {"tags": [INJECTED, "remove-cell"]}
     notebook.cells.append(nbformat.v4.new_code_cell(MEASURE_MEMORY.strip(), id="memory", metadata=tags))
     nbformat.write(notebook, source)
@@ -120,8 +122,9 @@ def build_pages(build: pathlib.Path, html: pathlib.Path) -> pathlib.Path:
     source = build / "source"
     ignored = shutil.ignore_patterns("*.ipynb", "*.py", "__pycache__", ".ipynb_checkpoints")
     shutil.copytree(REPOSITORY / "book", source / "book", dirs_exist_ok=True, ignore=ignored)
-    for name in ("_config.yml", "_toc.yml"):
-        shutil.copy(REPOSITORY / name, source / name)
+    shutil.copy(REPOSITORY / "_toc.yml", source)
+    config = yaml.safe_load((REPOSITORY / "_config.yml").read_text())
+    (source / "_config.yml").write_text(yaml.safe_dump(pages.configure(config)))
     shutil.rmtree(build / "pages", ignore_errors=True)
     options = ["--warningiserror", "--keep-going", "--nitpick", "--all", "--path-output", str(build / "pages")]
     program = pathlib.Path(sys.executable).with_name("jupyter-book")
@@ -132,6 +135,8 @@ def build_pages(build: pathlib.Path, html: pathlib.Path) -> pathlib.Path:
     shutil.rmtree(html, ignore_errors=True)
     shutil.copytree(build / "pages" / "_build" / "html", html)
     pages.work_offline(html)
+    names = [file.removeprefix("book/") for file in _toc_files()]
+    pages.add_downloads(html, source / "book", names=names, title=config["title"])
     return html / "index.html"
 
 
@@ -150,9 +155,10 @@ def refresh_outputs(name: str, build: pathlib.Path) -> None:
     """
     executed = nbformat.read(build / "source" / "book" / f"{name}.ipynb", as_version=4)
     run = [cell for cell in executed.cells if INJECTED not in cell.metadata.get("tags", [])]
-    notebook = _read_source(name)
+    notebook = read_source(name)
     notebook.metadata["language_info"] = {"name": "python"}
     notebook.metadata[FINGERPRINT] = fingerprint(name)
+    drawings.draw_static(REPOSITORY / "book" / "_static")
     for cell, done in zip(notebook.cells, run, strict=True):
         if cell.cell_type == "code":
             cell.outputs = [output for output in done.outputs if output.get("name") != "stderr"]
@@ -169,7 +175,7 @@ def fingerprint(name: str) -> dict[str, str]:
     Prose and captions change no output and do not count. Nor does the library, which would make every page stale with
     every commit: the tests run all chapters live against it, and compare the sources that pages show.
     """
-    code = "\0".join(cell.source for cell in _read_source(name).cells if cell.cell_type == "code")
+    code = "\0".join(cell.source for cell in read_source(name).cells if cell.cell_type == "code")
     paths = [*REPOSITORY.glob("data/*/manifest.json"), *REPOSITORY.glob("benchmarks/*.json")]
     tables = b"\0".join(path.read_bytes() for path in sorted(paths) if path != COSTS)
     return {"code": hashlib.sha256(code.encode()).hexdigest(), "tables": hashlib.sha256(tables).hexdigest()}
@@ -191,9 +197,13 @@ def _changed_parameters(notebook: pathlib.Path, parameters: dict[str, object]) -
     return {name: value for name, value in parameters.items() if ast.literal_eval(defaults[name]["default"]) != value}
 
 
-def _read_source(name: str) -> nbformat.NotebookNode:
+def read_source(name: str) -> nbformat.NotebookNode:
     """Return a chapter's cells from its ``.py``, with cell ids that do not change from run to run."""
     notebook = jupytext.read(REPOSITORY / "book" / f"{name}.py")
+    if address := repository_address():
+        notebook.cells.insert(
+            0, nbformat.v4.new_code_cell(pages.first_cell(address), metadata={"tags": ["remove-cell"]})
+        )
     for index, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{index:03d}"
     return notebook

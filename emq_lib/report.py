@@ -185,6 +185,17 @@ def read_costs() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["device", "study", "chapter", "seconds", "memory", "gpu_memory"])
 
 
+def read_rebuild_costs(studies: Sequence[str]) -> pd.DataFrame:
+    """Return what computing studies took according to their manifests: columns study, device, files and hours."""
+    rows = [
+        (study, entry["device"], entry["seconds"] / 3600)
+        for study in studies
+        for entry in read_manifest(get_profile(study)).values()
+    ]
+    table = pd.DataFrame(rows, columns=["study", "device", "hours"])
+    return table.groupby(["study", "device"], sort=False)["hours"].agg(files="size", hours="sum").reset_index()
+
+
 def read_ledger(chapter: Chapter) -> pd.DataFrame:
     """Return the claims of all chapters that ran on this study, one row each, with the chapter's name in front."""
     rows = [
