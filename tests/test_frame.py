@@ -55,7 +55,7 @@ def test_conda_users_get_the_lock():
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_notebooks_hold_the_cells_of_their_source_and_no_errors(name):
     notebook = nbformat.read(REPOSITORY / "book" / f"{name}.ipynb", as_version=4)
-    source = jupytext.read(REPOSITORY / "book" / f"{name}.py")
+    source = publishing.read_source(name)
     assert [(c.cell_type, c.source) for c in notebook.cells] == [(c.cell_type, c.source) for c in source.cells]
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert outputs

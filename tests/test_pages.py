@@ -1,14 +1,18 @@
 """The built pages, as a reader meets them: from the file system, on three screens, light and dark, and as a PDF."""
 
 import html.parser
+import os
 import pprint
 import urllib.parse
+import zipfile
 
+import pypdf
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
 
-from emq_lib import pages, publishing
+from emq_lib import drawings, pages, publishing
+from emq_lib.artefacts import REPOSITORY
 
 WIDTHS = (390, 1024, 1600)
 SERIOUS = ("serious", "critical")
@@ -171,3 +175,55 @@ def test_every_link_inside_the_book_has_its_target_and_every_other_is_well_forme
             if not file.exists() or (parts.fragment and file in known and parts.fragment not in known[file].ids):
                 missing.append((path.name, target))
     assert not missing, pprint.pformat(missing)
+
+
+def test_the_pdf_holds_every_page_in_order_and_names_no_file_of_this_machine(site, browser):
+    book = pypdf.PdfReader(site / pages.PDF_NAME)
+    headings = [entry.title for entry in book.outline]
+    assert headings[0] == "EMQ, rebuilt"
+    assert [heading[:2] for heading in headings[1:6]] == ["01", "02", "03", "04", "05"]
+    links = [link.get_object() for page in book.pages for link in page.get("/Annots", ())]
+    assert any("/Dest" in link for link in links)
+    assert not [link for link in links if link.get("/A", {}).get("/URI", "").startswith("file:")]
+
+
+def test_the_zip_holds_every_notebook(site):
+    with zipfile.ZipFile(site / pages.ZIP_NAME) as archive:
+        names = archive.namelist()
+    assert names == [f"emq-notebooks/{name}.ipynb" for name in publishing.chapter_names()]
+
+
+def test_without_a_browser_there_is_no_pdf_and_no_link_to_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "find_browser", lambda: None)
+    (tmp_path / "book").mkdir()
+    links = f'<a href="rerun.html">Rerun</a>\n<a class="b" href="../{pages.PDF_NAME}">PDF</a>\n<a href="z.zip">zip</a>'
+    (tmp_path / "book" / "intro.html").write_text(links)
+    pages.add_downloads(tmp_path, tmp_path, names=["intro"], title="title")
+    assert (tmp_path / "book" / "intro.html").read_text() == '<a href="rerun.html">Rerun</a>\n<a href="z.zip">zip</a>'
+    assert not (tmp_path / pages.PDF_NAME).exists()
+
+
+def test_an_address_brings_the_buttons_that_need_it():
+    config = {"repository": {"url": "https://github.com/someone/book", "branch": "main"}, "html": {"favicon": "mark"}}
+    shown = pages.configure(config)
+    assert shown["repository"] == config["repository"]
+    assert shown["html"] == {
+        "favicon": "mark",
+        "use_repository_button": True,
+        "use_edit_page_button": True,
+        "use_issues_button": True,
+    }
+    assert {"binderhub_url", "colab_url"} < set(shown["launch_buttons"])
+
+
+def test_the_first_cell_does_nothing_where_the_book_is_installed(monkeypatch):
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("something was fetched"))
+    here = os.getcwd()
+    exec(pages.first_cell("https://github.com/someone/book"), {})
+    assert os.getcwd() == here
+
+
+@pytest.mark.parametrize("name", ["favicon.svg", "logo.svg"])
+def test_the_mark_is_the_one_that_code_draws(name, tmp_path):
+    drawings.draw_static(tmp_path)
+    assert (REPOSITORY / "book" / "_static" / name).read_text() == (tmp_path / name).read_text()
