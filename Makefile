@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PROFILE ?= cifar10-resnet20
 REBUILD ?=
+SEED ?= 0
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,11 +12,11 @@ export PYTHONPATH :=
 export JUPYTER_PATH := $(CURDIR)/$(VENV)/share/jupyter
 
 .DEFAULT_GOAL := help
-.PHONY: help env book notebooks slides student test lint benchmarks lab lock clean
+.PHONY: help env book pages notebooks slides student test lint benchmarks lab lock clean
 
 help:  ## list what make can do
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
-	@echo "Variables: PROFILE (default cifar10-resnet20), REBUILD=1 (compute the study afresh), PYTHON"
+	@echo "Variables: PROFILE (default cifar10-resnet20), REBUILD=1 (compute the study afresh), SEED, PYTHON"
 
 env: $(READY)  ## make the environment in .venv
 
@@ -25,10 +26,14 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@mkdir -p _build  # papermill writes into folders that are there
 	@touch $@
 
-book: $(READY)  ## execute the chapters and build the pages: make book [PROFILE=...] [REBUILD=1]
-	$(BIN)/python -m emq_lib.publishing book --profile $(PROFILE) $(if $(REBUILD),--rebuild)
+book: $(READY)  ## execute the chapters and build the pages: make book [PROFILE=...] [REBUILD=1] [SEED=...]
+	$(BIN)/python -m emq_lib.publishing book --profile $(PROFILE) --seed $(SEED) $(if $(REBUILD),--rebuild)
+
+pages: $(READY)  ## build the pages from the outputs that book/*.ipynb have, without executing anything
+	$(BIN)/python -m emq_lib.publishing pages
 
 notebooks: $(READY)  ## execute the chapters and refresh the outputs of book/*.ipynb
 	$(BIN)/python -m emq_lib.publishing notebooks --profile $(PROFILE)

@@ -31,8 +31,9 @@
 # release contains its file. This chapter builds another one, which anybody can open with pandas.
 
 # %% tags=["parameters"]
-PROFILE = "cifar10-resnet20"  # study to show
-REBUILD = False  # True: compute the study here
+PROFILE: str = "cifar10-resnet20"  # study to show
+REBUILD: bool = False  # True: compute the study here
+SEED: int = 0  # another number: another draw of all that is random
 
 # %% tags=["hide-input"]
 import matplotlib.pyplot as plt
@@ -64,7 +65,7 @@ from emq_lib.report import (
 )
 from scipy import stats
 
-chapter = start_chapter("01_bench", PROFILE, REBUILD)
+chapter = start_chapter("01_bench", PROFILE, REBUILD, SEED)
 
 # %% [markdown]
 # With `REBUILD = True` the next cell trains the study's network and measures its bench. Both can be interrupted and
@@ -267,7 +268,7 @@ sample, uniform = measured.select("random"), measured.select("uniform")
 show_table(
     measured.table.head(6)
     .assign(bits=lambda table: table["bits"].map(bench.bits_text))
-    .drop(columns=["quantizer", "n_a", "n_b"])
+    .drop(columns=["key", "config_id", "quantizer", "n_a", "n_b"])
 )
 
 # %% [markdown]

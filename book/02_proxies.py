@@ -31,8 +31,9 @@
 # | time and memory | a minute and 1 GB to read; `REBUILD = True` also passes the calibration images through the network |
 
 # %% tags=["parameters"]
-PROFILE = "cifar10-resnet20"  # study to show
-REBUILD = False  # True: compute the study here
+PROFILE: str = "cifar10-resnet20"  # study to show
+REBUILD: bool = False  # True: compute the study here
+SEED: int = 0  # another number: another draw of all that is random
 
 # %% tags=["hide-input"]
 import itertools
@@ -65,7 +66,7 @@ from emq_lib.report import (
     with_interval,
 )
 
-chapter = start_chapter("02_proxies", PROFILE, REBUILD)
+chapter = start_chapter("02_proxies", PROFILE, REBUILD, SEED)
 
 # %%
 if chapter.rebuild:

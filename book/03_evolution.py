@@ -30,8 +30,9 @@
 # | time and memory | about three minutes and 1 GB; `REBUILD = True` runs every search |
 
 # %% tags=["parameters"]
-PROFILE = "cifar10-resnet20"  # study to show
-REBUILD = False  # True: compute the study here
+PROFILE: str = "cifar10-resnet20"  # study to show
+REBUILD: bool = False  # True: compute the study here
+SEED: int = 0  # another number: another draw of all that is random
 
 # %% tags=["hide-input"]
 import dataclasses
@@ -64,7 +65,7 @@ from emq_lib.report import (
 from IPython.display import Math, display
 from scipy import stats
 
-chapter = start_chapter("03_evolution", PROFILE, REBUILD)
+chapter = start_chapter("03_evolution", PROFILE, REBUILD, SEED)
 
 # %%
 if chapter.rebuild:

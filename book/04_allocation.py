@@ -30,8 +30,9 @@
 # | time and memory | a minute and 1 GB to read; with `REBUILD = True` also the measuring (manifest in chapter 01) |
 
 # %% tags=["parameters"]
-PROFILE = "cifar10-resnet20"  # study to show
-REBUILD = False  # True: compute the study here
+PROFILE: str = "cifar10-resnet20"  # study to show
+REBUILD: bool = False  # True: compute the study here
+SEED: int = 0  # another number: another draw of all that is random
 
 # %% tags=["hide-input"]
 import itertools
@@ -63,7 +64,7 @@ from emq_lib.report import (
 )
 from IPython.display import display
 
-chapter = start_chapter("04_allocation", PROFILE, REBUILD)
+chapter = start_chapter("04_allocation", PROFILE, REBUILD, SEED)
 
 # %%
 METHODS = [  # sums over layers, by which bits can be allocated exactly

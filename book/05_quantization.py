@@ -29,8 +29,9 @@
 # | time and memory | a minute and 1 GB to read; with `REBUILD = True` also the reconstructions (manifest in chapter 01) |
 
 # %% tags=["parameters"]
-PROFILE = "cifar10-resnet20"  # study to show
-REBUILD = False  # True: compute the study here
+PROFILE: str = "cifar10-resnet20"  # study to show
+REBUILD: bool = False  # True: compute the study here
+SEED: int = 0  # another number: another draw of all that is random
 
 # %% tags=["hide-input"]
 import dataclasses
@@ -68,7 +69,7 @@ from emq_lib.report import (
 )
 from scipy.stats import binomtest, norm
 
-chapter = start_chapter("05_quantization", PROFILE, REBUILD)
+chapter = start_chapter("05_quantization", PROFILE, REBUILD, SEED)
 
 # %% [markdown]
 # With `REBUILD = True` the next cell quantizes what every method chose in chapter 04 by every quantizer, and exports and times some of the networks.

@@ -37,8 +37,9 @@
 # ```
 
 # %% tags=["parameters"]
-PROFILE = "cifar10-resnet20"  # this page shows every study
-REBUILD = False  # nothing to compute here
+PROFILE: str = "cifar10-resnet20"  # this page shows every study
+REBUILD: bool = False  # nothing to compute here
+SEED: int = 0  # another number: another draw of all that is random
 
 # %% tags=["hide-input"]
 from emq_lib.artefacts import read_manifest
@@ -47,7 +48,7 @@ from emq_lib.cards import describe
 from emq_lib.profiles import get_profile, profile_names
 from emq_lib.report import show_table, start_chapter
 
-chapter = start_chapter("data_cards", PROFILE, REBUILD)
+chapter = start_chapter("data_cards", PROFILE, REBUILD, SEED)
 
 # %%
 profiles = map(get_profile, profile_names())

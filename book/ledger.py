@@ -19,13 +19,14 @@
 # typed.
 
 # %% tags=["parameters"]
-PROFILE = "cifar10-resnet20"  # study to show
-REBUILD = False  # nothing to compute here
+PROFILE: str = "cifar10-resnet20"  # study to show
+REBUILD: bool = False  # nothing to compute here
+SEED: int = 0  # another number: another draw of all that is random
 
 # %% tags=["hide-input"]
 from emq_lib.report import read_ledger, show_table, start_chapter
 
-chapter = start_chapter("ledger", PROFILE, REBUILD)
+chapter = start_chapter("ledger", PROFILE, REBUILD, SEED)
 
 # %%
 ledger = read_ledger(chapter)

@@ -26,8 +26,9 @@
 # | time and memory | under a minute, 1 GB |
 
 # %% tags=["parameters"]
-PROFILE = "cifar10-resnet20"  # not used: this page makes its own
-REBUILD = False  # this page always computes
+PROFILE: str = "cifar10-resnet20"  # not used: this page makes its own
+REBUILD: bool = False  # this page always computes
+SEED: int = 0  # another number: another draw of all that is random
 
 # %% tags=["hide-input"]
 import dataclasses
@@ -43,7 +44,7 @@ from emq_lib.profiles import Profile, TrainingRecipe, register
 from emq_lib.report import show_table, start_chapter
 from torch import nn
 
-chapter = start_chapter("your_profile", PROFILE, REBUILD)
+chapter = start_chapter("your_profile", PROFILE, REBUILD, SEED)
 
 # %% [markdown]
 # Studies live under `data/`, or under the folder that `EMQ_STUDY_ROOT` names. This page uses a folder of its own.

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
+import yaml
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -27,6 +28,11 @@ from emq_lib.profiles import Profile
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 _RECORDED_PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pandas", "pyarrow", "safetensors")
+
+
+def repository_address() -> str:
+    """Return the repository's public address, which stands in ``_config.yml`` alone; empty while there is none."""
+    return yaml.safe_load((REPOSITORY / "_config.yml").read_text())["repository"]["url"]
 
 
 def study_folder(profile: Profile) -> pathlib.Path:
@@ -142,7 +148,7 @@ def record(
         "commit": _commit(),
         "versions": {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES},
         "python": platform.python_version(),
-        "device": _device(),
+        "device": device_name(),
         "seconds": round(seconds, 1),
         "note": note,
     }
@@ -211,7 +217,7 @@ def _commit() -> str:
     return commit + ("+changes" if changed else "")
 
 
-def _device() -> str:
+def device_name() -> str:
     """Describe the processor or the accelerator in words."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()

@@ -1,10 +1,12 @@
-"""Executing the chapters, building pages and slides, and copies for students: what ``make`` calls for the book."""
+"""Executing the chapters, building pages and slides, copies for students: what ``make`` calls for the book."""
 
 from __future__ import annotations
 
 import argparse
 import ast
 import base64
+import hashlib
+import json
 import os
 import pathlib
 import shutil
@@ -19,8 +21,8 @@ import yaml
 from nbconvert.preprocessors import TagRemovePreprocessor
 from papermill.exceptions import PapermillExecutionError
 
-from emq_lib import slides
-from emq_lib.artefacts import REPOSITORY
+from emq_lib import drawings, pages, slides
+from emq_lib.artefacts import REPOSITORY, repository_address
 from emq_lib.errors import EMQError
 from emq_lib.profiles import get_profile
 
@@ -28,6 +30,18 @@ KERNEL = "python3"
 INJECTED = "injected-parameters"
 HEADLINE = "headline"  # tag of the cell whose figure stands in the README
 SOLUTION = "solution"  # tag of the cells that students do not get
+COSTS = REPOSITORY / "benchmarks" / "chapters.json"
+FINGERPRINT = "emq"  # key of a notebook's metadata
+
+# Runs last in every chapter, is shown nowhere, and prints the peak memory of the chapter and of its largest worker.
+MEASURE_MEMORY = """
+import json, resource
+import torch
+from emq_lib.artefacts import device_name
+peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+print(json.dumps({"device": device_name(), "memory_bytes": 1024 * sum(peaks), "gpu_memory_bytes": gpu}))
+"""
 
 
 class ChapterError(EMQError, RuntimeError):
@@ -36,12 +50,19 @@ class ChapterError(EMQError, RuntimeError):
 
 def chapter_names() -> list[str]:
     """Return the notebooks of the book in the order of ``_toc.yml``, without ending, e.g. "01_bench"."""
-    toc = yaml.safe_load((REPOSITORY / "_toc.yml").read_text())
-    files = [pathlib.PurePath(entry["file"]) for entry in toc["chapters"]]
+    files = map(pathlib.PurePath, _toc_files())
     return [file.name for file in files if (REPOSITORY / file).with_suffix(".py").is_file()]
 
 
-def execute(name: str, profile: str, *, rebuild: bool, build: pathlib.Path, study_root: pathlib.Path | None) -> float:
+def _toc_files() -> list[str]:
+    """Return all files of ``_toc.yml`` in order, without ending, e.g. "book/intro"."""
+    toc = yaml.safe_load((REPOSITORY / "_toc.yml").read_text())
+    return [toc["root"], *(entry["file"] for part in toc["parts"] for entry in part["chapters"])]
+
+
+def execute(
+    name: str, profile: str, *, rebuild: bool, build: pathlib.Path, study_root: pathlib.Path | None, seed: int = 0
+) -> float:
     """Execute one chapter with papermill into `build`/source/book.
 
     The cells come from the chapter's ``.py``; the notebook in ``book/`` is not touched.
@@ -52,6 +73,7 @@ def execute(name: str, profile: str, *, rebuild: bool, build: pathlib.Path, stud
         rebuild: parameter REBUILD.
         build: folder of this build; claims go to its folder ``ledger``.
         study_root: folder of the studies instead of ``data/``.
+        seed: parameter SEED.
 
     Returns:
         wall time in seconds.
@@ -63,7 +85,10 @@ def execute(name: str, profile: str, *, rebuild: bool, build: pathlib.Path, stud
     target.parent.mkdir(parents=True, exist_ok=True)
     source = build / "input" / f"{name}.ipynb"
     source.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(_read_source(name), source)
+    notebook = read_source(name)
+    tags = {"tags": [INJECTED, "remove-cell"]}
+    notebook.cells.append(nbformat.v4.new_code_cell(MEASURE_MEMORY.strip(), id="memory", metadata=tags))
+    nbformat.write(notebook, source)
     environment = {"EMQ_LEDGER_DIR": str(build / "ledger")}
     if study_root is not None:
         environment["EMQ_STUDY_ROOT"] = str(study_root)
@@ -74,7 +99,7 @@ def execute(name: str, profile: str, *, rebuild: bool, build: pathlib.Path, stud
         papermill.execute_notebook(
             str(source),
             str(target),
-            parameters=_changed_parameters(source, {"PROFILE": profile, "REBUILD": rebuild}),
+            parameters=_changed_parameters(source, {"PROFILE": profile, "REBUILD": rebuild, "SEED": seed}),
             kernel_name=KERNEL,
             cwd=str(REPOSITORY / "book"),
             progress_bar=False,
@@ -99,8 +124,9 @@ def build_pages(build: pathlib.Path, html: pathlib.Path) -> pathlib.Path:
     source = build / "source"
     ignored = shutil.ignore_patterns("*.ipynb", "*.py", "__pycache__", ".ipynb_checkpoints")
     shutil.copytree(REPOSITORY / "book", source / "book", dirs_exist_ok=True, ignore=ignored)
-    for name in ("_config.yml", "_toc.yml"):
-        shutil.copy(REPOSITORY / name, source / name)
+    shutil.copy(REPOSITORY / "_toc.yml", source)
+    config = yaml.safe_load((REPOSITORY / "_config.yml").read_text())
+    (source / "_config.yml").write_text(yaml.safe_dump(pages.configure(config)))
     shutil.rmtree(build / "pages", ignore_errors=True)
     options = ["--warningiserror", "--keep-going", "--nitpick", "--all", "--path-output", str(build / "pages")]
     program = pathlib.Path(sys.executable).with_name("jupyter-book")
@@ -110,6 +136,9 @@ def build_pages(build: pathlib.Path, html: pathlib.Path) -> pathlib.Path:
         raise ChapterError(f"The pages were not built:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
     shutil.rmtree(html, ignore_errors=True)
     shutil.copytree(build / "pages" / "_build" / "html", html)
+    pages.work_offline(html)
+    names = [file.removeprefix("book/") for file in _toc_files()]
+    pages.add_downloads(html, source / "book", names=names, title=config["title"])
     return html / "index.html"
 
 
@@ -130,6 +159,14 @@ def write_student_copies(folder: pathlib.Path) -> list[pathlib.Path]:
     return paths
 
 
+def copy_notebooks(build: pathlib.Path) -> None:
+    """Put the notebooks of ``book/``, with the outputs they have, where `build_pages` expects executed ones."""
+    target = build / "source" / "book"
+    target.mkdir(parents=True, exist_ok=True)
+    for name in chapter_names():
+        shutil.copy(REPOSITORY / "book" / f"{name}.ipynb", target)
+
+
 def refresh_outputs(name: str, build: pathlib.Path) -> None:
     """Write a chapter's executed outputs into its notebook in ``book/``, without a trace of papermill or of warnings.
 
@@ -137,8 +174,10 @@ def refresh_outputs(name: str, build: pathlib.Path) -> None:
     """
     executed = nbformat.read(build / "source" / "book" / f"{name}.ipynb", as_version=4)
     run = [cell for cell in executed.cells if INJECTED not in cell.metadata.get("tags", [])]
-    notebook = _read_source(name)
+    notebook = read_source(name)
     notebook.metadata["language_info"] = {"name": "python"}
+    notebook.metadata[FINGERPRINT] = fingerprint(name)
+    drawings.draw_static(REPOSITORY / "book" / "_static")
     for cell, done in zip(notebook.cells, run, strict=True):
         if cell.cell_type == "code":
             cell.outputs = [output for output in done.outputs if output.get("name") != "stderr"]
@@ -149,15 +188,41 @@ def refresh_outputs(name: str, build: pathlib.Path) -> None:
     nbformat.write(notebook, REPOSITORY / "book" / f"{name}.ipynb")
 
 
+def fingerprint(name: str) -> dict[str, str]:
+    """Return digests of what a chapter's outputs follow from: its code, and the tables and timings that are published.
+
+    Prose and captions change no output and do not count. Nor does the library, which would make every page stale with
+    every commit: the tests run all chapters live against it, and compare the sources that pages show.
+    """
+    code = "\0".join(cell.source for cell in read_source(name).cells if cell.cell_type == "code")
+    paths = [*REPOSITORY.glob("data/*/manifest.json"), *REPOSITORY.glob("benchmarks/*.json")]
+    tables = b"\0".join(path.read_bytes() for path in sorted(paths) if path != COSTS)
+    return {"code": hashlib.sha256(code.encode()).hexdigest(), "tables": hashlib.sha256(tables).hexdigest()}
+
+
+def record_cost(name: str, profile: str, build: pathlib.Path, *, seconds: float) -> None:
+    """Enter what an executed chapter took into ``benchmarks/chapters.json``, by device, study and chapter."""
+    executed = nbformat.read(build / "source" / "book" / f"{name}.ipynb", as_version=4)
+    cost = json.loads(executed.cells[-1].outputs[-1].text)
+    costs = json.loads(COSTS.read_text()) if COSTS.is_file() else {}
+    study = costs.setdefault(cost.pop("device"), {}).setdefault(profile, {})
+    study[name] = {"seconds": round(seconds, 1)} | cost
+    COSTS.write_text(json.dumps(costs, indent=1, sort_keys=True) + "\n")
+
+
 def _changed_parameters(notebook: pathlib.Path, parameters: dict[str, object]) -> dict[str, object]:
     """Return those parameters that differ from the notebook's own, so that a page does not say the same twice."""
     defaults = papermill.inspect_notebook(str(notebook))
     return {name: value for name, value in parameters.items() if ast.literal_eval(defaults[name]["default"]) != value}
 
 
-def _read_source(name: str) -> nbformat.NotebookNode:
+def read_source(name: str) -> nbformat.NotebookNode:
     """Return a chapter's cells from its ``.py``, with cell ids that do not change from run to run."""
     notebook = jupytext.read(REPOSITORY / "book" / f"{name}.py")
+    if address := repository_address():
+        notebook.cells.insert(
+            0, nbformat.v4.new_code_cell(pages.first_cell(address), metadata={"tags": ["remove-cell"]})
+        )
     for index, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{index:03d}"
     return notebook
@@ -166,26 +231,33 @@ def _read_source(name: str) -> nbformat.NotebookNode:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m emq_lib.publishing", description=__doc__)
-    parser.add_argument("action", choices=("book", "notebooks", "slides", "student"))
+    parser.add_argument("action", choices=("book", "notebooks", "pages", "slides", "student"))
     parser.add_argument("--profile", default="cifar10-resnet20", help="study that the chapters show")
     parser.add_argument("--rebuild", action="store_true", help="compute the study afresh instead of reading it")
+    parser.add_argument("--seed", type=int, default=0, help="not 0: another draw of all that is random")
     options = parser.parse_args(arguments)
     build = REPOSITORY / "_build" / options.profile
+    choices = {"rebuild": options.rebuild, "seed": options.seed, "build": build}
+    choices["study_root"] = build / f"studies-seed-{options.seed}" if options.seed else None
     try:
         get_profile(options.profile)
         if options.action == "student":
             print(*write_student_copies(REPOSITORY / "_build" / "student"), sep="\n")
             return 0
-        for name in chapter_names():
+        for name in chapter_names() if options.action != "pages" else ():
             if options.action == "slides" and not slides.has_slides(_read_source(name)):
                 continue
             print(f"{name} ...", end=" ", flush=True)
-            print(f"{execute(name, options.profile, rebuild=options.rebuild, build=build, study_root=None):.0f} s")
+            seconds = execute(name, options.profile, **choices)
+            print(f"{seconds:.0f} s")
             if options.action == "notebooks":
+                record_cost(name, options.profile, build, seconds=seconds)
                 refresh_outputs(name, build)
             if options.action == "slides":
                 print(build_slides(name, build))
-        if options.action == "book":
+        if options.action == "pages":
+            copy_notebooks(build)
+        if options.action in ("book", "pages"):
             print(f"The book: {build_pages(build, build / 'html')}")
     except EMQError as error:
         print(f"error: {error}", file=sys.stderr)

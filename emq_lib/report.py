@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import math
@@ -10,7 +11,6 @@ import pathlib
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,7 +22,7 @@ from myst_nb import glue
 from pandas.core.groupby import SeriesGroupBy
 from scipy import stats
 
-from emq_lib.artefacts import REPOSITORY
+from emq_lib.artefacts import REPOSITORY, read_manifest
 from emq_lib.errors import ClaimError, InvalidParameterError
 from emq_lib.profiles import Profile, get_profile
 from emq_lib.search_space import Genotype, canonical
@@ -64,7 +64,7 @@ COLOURS = {
 SAMPLE_COLOURS = {"random": "#999999", "stratified": "#0072b2", "one-off": "#e69f00", "uniform": "#d55e00"}
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Chapter:
     """A running chapter: its name, the study it shows, and whether it computes that study afresh."""
 
@@ -96,7 +96,7 @@ class Chapter:
             sentence: text with a place ``{}`` (or ``{:.1f}``) for the value.
             value: the number, computed.
             within: (lo, hi) that it must lie in, or such bounds by profile name; another study's number is entered
-                without a bound.
+                without a bound, and so is one that another seed drew.
             interval: 95 % interval, if the number is an estimate.
             n: number of observations behind it.
             paper: what the paper reports, with the source of that knowledge.
@@ -108,7 +108,10 @@ class Chapter:
             ClaimError: the number lies outside its bounds.
         """
         value = float(value)
-        bounds = within.get(self.profile.name) if isinstance(within, Mapping) else within
+        bounds = within
+        if isinstance(within, Mapping):
+            published = self.profile == get_profile(self.profile.name)
+            bounds = within.get(self.profile.name) if published else None
         if not math.isfinite(value) or (bounds and not bounds[0] <= value <= bounds[1]):
             raise ClaimError(
                 f"claim {key!r}: {value} is not within {bounds}. The text around it no longer holds; revise both."
@@ -136,20 +139,62 @@ class Chapter:
         return Markdown(text)
 
 
-def start_chapter(name: str, profile: str, rebuild: bool) -> Chapter:
-    """Check a chapter's two parameters, set the style of figures, and open a fresh page of the ledger.
+def start_chapter(name: str, profile: str, rebuild: bool, seed: int = 0) -> Chapter:
+    """Check a chapter's parameters, say what made it, set the style of figures, and open a fresh page of the ledger.
 
     Raises:
         UnknownProfileError: no such profile.
-        InvalidParameterError: REBUILD is not a boolean.
+        InvalidParameterError: REBUILD is no boolean, SEED no whole number, or the study's files have another seed.
     """
     if not isinstance(rebuild, bool):
         raise InvalidParameterError(f"REBUILD must be True or False, got {rebuild!r}.")
-    chapter = Chapter(name, get_profile(profile), rebuild)
+    if not isinstance(seed, int) or seed < 0:
+        raise InvalidParameterError(f"SEED must be a whole number, 0 or more, got {seed!r}.")
+    published = get_profile(profile)
+    study = dataclasses.replace(published, seed=published.seed + seed)
+    if not rebuild and any(entry["seed"] != study.seed for entry in read_manifest(study).values()):
+        raise InvalidParameterError(
+            f"The files of {profile} were not made with SEED = {seed}. "
+            f"make book PROFILE={profile} SEED={seed} REBUILD=1 makes a study of its own, beside the published one."
+        )
+    chapter = Chapter(name, study, rebuild)
     plt.style.use(REPOSITORY / "book" / "emq.mplstyle")
     chapter.ledger.parent.mkdir(parents=True, exist_ok=True)
     chapter.ledger.write_text("")
+    display(Markdown(_made_by(name, {"PROFILE": profile, "REBUILD": rebuild, "SEED": seed})))
     return chapter
+
+
+def _made_by(name: str, parameters: Mapping[str, object]) -> str:
+    """Return the command that makes a chapter as it is shown, and what it cost when that was last measured."""
+    given = " ".join(f"-p {key} {value}" for key, value in parameters.items())
+    costs = read_costs().query("chapter == @name and study == @parameters['PROFILE']")
+    measured = [f"{row.seconds:.0f} s and {row.memory:.1f} GiB ({row.device})" for row in costs.itertuples()]
+    cost = f"\n\nTime and memory, as last measured: {'; '.join(measured)}." if measured else ""
+    return f"```bash\npapermill book/{name}.ipynb _build/{name}.ipynb {given}\n```{cost}"
+
+
+def read_costs() -> pd.DataFrame:
+    """Return what chapters took: columns device, study, chapter, seconds, memory and gpu_memory (both in GiB)."""
+    path = REPOSITORY / "benchmarks" / "chapters.json"
+    rows = [
+        (device, study, chapter, cost["seconds"], cost["memory_bytes"] / 2**30, cost["gpu_memory_bytes"] / 2**30)
+        for device, studies in (json.loads(path.read_text()) if path.is_file() else {}).items()
+        for study, chapters in studies.items()
+        for chapter, cost in chapters.items()
+    ]
+    return pd.DataFrame(rows, columns=["device", "study", "chapter", "seconds", "memory", "gpu_memory"])
+
+
+def read_rebuild_costs(studies: Sequence[str]) -> pd.DataFrame:
+    """Return what computing studies took according to their manifests: columns study, device, files and hours."""
+    rows = [
+        (study, entry["device"], entry["seconds"] / 3600)
+        for study in studies
+        for entry in read_manifest(get_profile(study)).values()
+    ]
+    table = pd.DataFrame(rows, columns=["study", "device", "hours"])
+    return table.groupby(["study", "device"], sort=False)["hours"].agg(files="size", hours="sum").reset_index()
 
 
 def read_ledger(chapter: Chapter) -> pd.DataFrame:
@@ -164,8 +209,13 @@ def read_ledger(chapter: Chapter) -> pd.DataFrame:
 
 def show_source(*functions: object) -> None:
     """Show the library's source of functions or classes in place."""
+    display(Markdown(source_block(*functions)))
+
+
+def source_block(*functions: object) -> str:
+    """Return the source of functions or classes as one block of markdown."""
     source = "\n\n".join(textwrap.dedent(inspect.getsource(function)).rstrip() for function in functions)
-    display(Markdown(f"```python\n{source}\n```"))
+    return f"```python\n{source}\n```"
 
 
 def show_table(table: pd.DataFrame, *, decimals: int = 2) -> None:

@@ -1,15 +1,19 @@
 """The frame: dependency files agree, notebooks are pairs with clean outputs, the command line names its errors."""
 
+import ast
+import functools
+import pkgutil
 import tomllib
 
 import jupytext
 import nbformat
+import papermill
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from emq_lib import publishing
+from emq_lib import publishing, report
 from emq_lib.artefacts import REPOSITORY
 
 CHAPTERS = publishing.chapter_names()
@@ -51,7 +55,7 @@ def test_conda_users_get_the_lock():
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_notebooks_hold_the_cells_of_their_source_and_no_errors(name):
     notebook = nbformat.read(REPOSITORY / "book" / f"{name}.ipynb", as_version=4)
-    source = jupytext.read(REPOSITORY / "book" / f"{name}.py")
+    source = publishing.read_source(name)
     assert [(c.cell_type, c.source) for c in notebook.cells] == [(c.cell_type, c.source) for c in source.cells]
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert outputs
@@ -70,11 +74,38 @@ def test_every_figure_has_a_caption_and_alt_text(name):
 
 
 @pytest.mark.parametrize("name", CHAPTERS)
-def test_chapters_start_with_two_parameters_and_their_check(name):
+def test_chapters_start_with_three_documented_parameters_and_their_check(name):
+    parameters = papermill.inspect_notebook(str(REPOSITORY / "book" / f"{name}.ipynb"))
+    types = {key: parameter["inferred_type_name"] for key, parameter in parameters.items()}
+    assert types == {"PROFILE": "str", "REBUILD": "bool", "SEED": "int"}
+    assert all(len(parameter["help"]) > 10 for parameter in parameters.values())
     code = [cell for cell in jupytext.read(REPOSITORY / "book" / f"{name}.py").cells if cell.cell_type == "code"]
     assert code[0].metadata["tags"] == ["parameters"]
-    assert [line.split(" =")[0] for line in code[0].source.splitlines()] == ["PROFILE", "REBUILD"]
-    assert f'chapter = start_chapter("{name}", PROFILE, REBUILD)' in code[1].source
+    assert f'chapter = start_chapter("{name}", PROFILE, REBUILD, SEED)' in code[1].source
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_outputs_are_in_step_with_the_code_and_the_tables(name):
+    notebook = nbformat.read(REPOSITORY / "book" / f"{name}.ipynb", as_version=4)
+    assert notebook.metadata[publishing.FINGERPRINT] == publishing.fingerprint(name), "run make notebooks"
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_sources_shown_on_pages_are_those_of_the_library(name):
+    notebook = nbformat.read(REPOSITORY / "book" / f"{name}.ipynb", as_version=4)
+    cells = [(ast.parse(cell.source), cell) for cell in notebook.cells if cell.cell_type == "code"]
+    names = {}
+    for tree, _ in cells:
+        for line in ast.walk(tree):
+            if isinstance(line, ast.ImportFrom) and line.module.startswith("emq_lib"):
+                for alias in line.names:
+                    names[alias.asname or alias.name] = pkgutil.resolve_name(f"{line.module}.{alias.name}")
+    for tree, cell in cells:
+        for call in ast.walk(tree):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "show_source":
+                paths = [ast.unparse(argument).split(".") for argument in call.args]
+                shown = report.source_block(*(functools.reduce(getattr, rest, names[first]) for first, *rest in paths))
+                assert shown in [output.get("data", {}).get("text/markdown") for output in cell.outputs], call.lineno
 
 
 def test_an_unknown_profile_ends_with_its_name_and_no_traceback(capsys):

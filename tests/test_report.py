@@ -50,3 +50,22 @@ def test_wrong_parameters_are_named():
         report.start_chapter("test", "nope", False)
     with pytest.raises(InvalidParameterError, match="REBUILD must be True or False, got 'maybe'"):
         report.start_chapter("test", "digits-resnet8", "maybe")
+    with pytest.raises(InvalidParameterError, match="SEED must be a whole number, 0 or more, got -1"):
+        report.start_chapter("test", "digits-resnet8", False, -1)
+
+
+def test_another_seed_is_another_study_and_must_be_rebuilt(tmp_path, monkeypatch):
+    with pytest.raises(InvalidParameterError, match="not made with SEED = 3"):
+        report.start_chapter("test", "digits-resnet8", False, 3)
+    monkeypatch.setenv("EMQ_LEDGER_DIR", str(tmp_path))
+    published, drawn = (report.start_chapter("test", "digits-resnet8", True, seed) for seed in (0, 3))
+    assert drawn.profile.rng("bench").random() != published.profile.rng("bench").random()
+    drawn.claim("own", "{}", 100, within={"digits-resnet8": (0, 1)})
+
+
+def test_a_chapter_says_which_line_made_it():
+    line = report._made_by("02_proxies", {"PROFILE": "digits-resnet8", "REBUILD": False, "SEED": 0})
+    expected = (
+        "papermill book/02_proxies.ipynb _build/02_proxies.ipynb -p PROFILE digits-resnet8 -p REBUILD False -p SEED 0"
+    )
+    assert expected in line.splitlines()
