@@ -24,9 +24,7 @@
 # ```
 
 # %% tags=["parameters"]
-PROFILE: str = (
-    "cifar10-resnet20"  # this page shows what was measured of every study
-)
+PROFILE: str = "cifar10-resnet20"  # every study is shown here
 REBUILD: bool = False  # nothing to compute here
 SEED: int = 0  # another number: another draw of all that is random
 

@@ -27,7 +27,7 @@ from emq_lib.errors import EMQError
 from emq_lib.profiles import get_profile
 
 KERNEL = "python3"
-INJECTED = "injected-parameters"
+INJECTED, MEASURING = "injected-parameters", "measures-memory"  # tags of cells that are not the chapter's
 HEADLINE = "headline"  # tag of the cell whose figure stands in the README
 SOLUTION = "solution"  # tag of the cells that students do not get
 COSTS = REPOSITORY / "benchmarks" / "chapters.json"
@@ -86,7 +86,7 @@ def execute(
     source = build / "input" / f"{name}.ipynb"
     source.parent.mkdir(parents=True, exist_ok=True)
     notebook = read_source(name)
-    tags = {"tags": [INJECTED, "remove-cell"]}
+    tags = {"tags": [MEASURING, "remove-cell"]}
     notebook.cells.append(nbformat.v4.new_code_cell(MEASURE_MEMORY.strip(), id="memory", metadata=tags))
     nbformat.write(notebook, source)
     environment = {"EMQ_LEDGER_DIR": str(build / "ledger")}
@@ -153,7 +153,7 @@ def write_student_copies(folder: pathlib.Path) -> list[pathlib.Path]:
     remove = TagRemovePreprocessor(remove_cell_tags={SOLUTION})
     paths = []
     for name in chapter_names():
-        notebook, _ = remove.preprocess(_read_source(name), {})
+        notebook, _ = remove.preprocess(read_source(name), {})
         paths.append(folder / f"{name}.ipynb")
         nbformat.write(notebook, paths[-1])
     return paths
@@ -173,7 +173,7 @@ def refresh_outputs(name: str, build: pathlib.Path) -> None:
     The figure of a cell tagged "headline" also becomes ``book/_static/headline.png``.
     """
     executed = nbformat.read(build / "source" / "book" / f"{name}.ipynb", as_version=4)
-    run = [cell for cell in executed.cells if INJECTED not in cell.metadata.get("tags", [])]
+    run = [cell for cell in executed.cells if not {INJECTED, MEASURING} & set(cell.metadata.get("tags", []))]
     notebook = read_source(name)
     notebook.metadata["language_info"] = {"name": "python"}
     notebook.metadata[FINGERPRINT] = fingerprint(name)
@@ -245,7 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(*write_student_copies(REPOSITORY / "_build" / "student"), sep="\n")
             return 0
         for name in chapter_names() if options.action != "pages" else ():
-            if options.action == "slides" and not slides.has_slides(_read_source(name)):
+            if options.action == "slides" and not slides.has_slides(read_source(name)):
                 continue
             print(f"{name} ...", end=" ", flush=True)
             seconds = execute(name, options.profile, **choices)
