@@ -161,13 +161,17 @@ solved
 middle = allocation.budget_for_average_bits(2.5, size, choices)
 chosen = {
     name: allocation.allocate(
-        entry["table"], {"size": size}, {"size": middle}, choices
+        entry["table"],
+        {"size": size},
+        {"size": middle},
+        choices,
+        time_limit=20.0,
     )
     for name, entry in tables.items()
 }
-assert all(
-    one.optimal and one.costs["size"] <= middle for one in chosen.values()
-)
+assert all(one.costs["size"] <= middle for one in chosen.values())
+unproven = [name for name, one in chosen.items() if not one.optimal]
+print("without a proof after 20 seconds:", ", ".join(unproven) or "none")
 
 # %% tags=["hide-input"] slideshow={"slide_type": "slide"} mystnb={"figure": {"caption": "Bits per layer at 2.5 bits on average, one row per method. All but one save on the large late layers, where a bit costs most, and disagree about the layers in the middle. To parameter bits a bit is worth exactly what it costs, so it has no preference and starves the small early layers.", "name": "fig-04-1"}, "image": {"alt": "Grid of bit widths, one row per method and one column per layer, darker for fewer bits."}}
 figure, ax = plt.subplots(figsize=(6.5, 4.2))

@@ -357,7 +357,7 @@ def mean_of(values: np.ndarray) -> Mean:
 
 
 def held_out_hits(profile: Profile, table: pd.DataFrame) -> pd.Series:
-    """Return each method's hits on images that no search has seen, shape (seeds, images).
+    """Return each method's hits, 0 or 1, on images that no search has seen, shape (seeds, images).
 
     Evolution and the best random configuration were chosen on half A of the bench's images; the others are left.
 
@@ -369,7 +369,8 @@ def held_out_hits(profile: Profile, table: pd.DataFrame) -> pd.Series:
         series of arrays, index (quantizer, average_bits, proxy).
     """
     groups = table.sort_values("seed").groupby(["quantizer", "average_bits", "proxy"], sort=False)
-    return groups.apply(lambda rows: np.stack(rows["hits"])[:, (profile.bench_images or rows["images"].iloc[0]) // 2 :])
+    first = (profile.bench_images or int(table["images"].iloc[0])) // 2
+    return groups.apply(lambda rows: np.stack(rows["hits"])[:, first:].astype(np.float64))
 
 
 def compare_methods(profile: Profile, table: pd.DataFrame, method: str) -> pd.DataFrame:
@@ -385,10 +386,11 @@ def compare_methods(profile: Profile, table: pd.DataFrame, method: str) -> pd.Da
         one quantizer and budget adjusted by Holm's method), images, seeds.
     """
     hits, rows = held_out_hits(profile, table), []
-    for (quantizer, average), group in hits.drop(FLOAT, errors="ignore").groupby(level=[0, 1], sort=False):
+    hits = hits[hits.index.get_level_values("quantizer") != FLOAT]
+    for (quantizer, average), group in hits.groupby(level=[0, 1], sort=False):
         by_proxy = group.droplevel([0, 1])
         if method in by_proxy:
-            own = by_proxy[method].astype(np.float64)
+            own = by_proxy[method]
             for proxy, other in by_proxy.drop(method).items():
                 shared = min(len(own), len(other))
                 found = dataclasses.asdict(mean_of(own[:shared] - other[:shared]))
