@@ -51,11 +51,12 @@ lint: $(READY)
 test: lint  ## lint, unit tests, doctests, and every chapter live on digits-resnet8
 	$(BIN)/python -m pytest -q -rs --durations=8
 
-benchmarks: $(READY)  ## time the engine, its growth, loading, Hessian traces, the search, allocation: make benchmarks [PROFILE=...]
+benchmarks: $(READY)  ## time the engine, its growth, loading, Hessian traces, the search, allocation, reconstruction: make benchmarks [PROFILE=...]
 	$(BIN)/python benchmarks/engine.py --profile $(PROFILE)
 	$(BIN)/python benchmarks/curvature.py --profile $(PROFILE)
 	$(BIN)/python benchmarks/evolution.py --profile $(PROFILE)
 	$(BIN)/python benchmarks/allocation.py
+	$(BIN)/python benchmarks/reconstruction.py --profile $(PROFILE)
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/loading.py
 
