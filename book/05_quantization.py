@@ -226,9 +226,9 @@ except InvalidParameterError as error:
     print(error)
 
 # %% [markdown] slideshow={"slide_type": "slide"}
-# Rounding to nearest is the cheapest method. *AdaRound* {cite}`adaround` learns for each weight of a layer whether to round up or down, so that the layer's output changes least; *BRECQ*
-# {cite}`brecq` does so for a block at a time, on the inputs that the quantized blocks before it give, and then learns the steps of the activations. Its paper takes 20,000 steps per block;
-# here it is a few hundred. *QAT* trains the whole network while it is rounded {cite}`lsq`: weights and steps are learned, from the labels and from the float network's outputs. All layers at 2
+# Rounding to nearest is the cheapest method. *AdaRound* {cite:p}`adaround` learns for each weight of a layer whether to round up or down, so that the layer's output changes least; *BRECQ*
+# {cite:p}`brecq` does so for a block at a time, on the inputs that the quantized blocks before it give, and then learns the steps of the activations. Its paper takes 20,000 steps per block;
+# here it is a few hundred. *QAT* trains the whole network while it is rounded {cite:p}`lsq`: weights and steps are learned, from the labels and from the float network's outputs. All layers at 2
 # bits:
 
 # %% slideshow={"slide_type": "-"}
