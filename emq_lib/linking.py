@@ -76,6 +76,7 @@ def _link(app: Sphinx, docname: str, label: str, content: nodes.Node) -> nodes.r
     """Return a quiet link to a definition."""
     link = make_refnode(app.builder, docname, DEFINITIONS, label, content)
     link["classes"].append("defined")
+    link["reftitle"] = f"What {content.astext()} means"  # formulas have no other name that a screen reader could say
     return link
 
 
