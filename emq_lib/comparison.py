@@ -140,12 +140,13 @@ def build_comparison(
     epochs: int = 1,
     seeds: int = 3,
     quantizers: Sequence[str] = (*QUANTIZERS, RECONSTRUCTED),
+    images: int | None = None,
     workers: int | None = None,
 ) -> None:
     """Quantize every method's choice by every quantizer from several seeds; write ``comparison.parquet``.
 
     A seed draws the calibration images (seed 0: the study's), the batches of reconstruction, and the random
-    configuration. All test images are measured. Can be interrupted and called again; rows of an earlier table that
+    configuration. Can be interrupted and called again; rows of an earlier table that
     still hold are taken over, so that more seeds or quantizers extend it.
 
     Args:
@@ -155,13 +156,14 @@ def build_comparison(
         epochs: of "qat", which otherwise takes batches and augmentation from the training of the checkpoint.
         seeds: how many.
         quantizers: which; "qat", which trains, takes the choices of three methods at two budgets only.
+        images: test images to measure on, the first ones in canonical order; all by default.
         workers: processes that share the work, one thread each; None: one per processor. With 1 this process works.
 
     Raises:
         StudyBusyError: another run is writing the study.
         DiskFullError: no room; what was measured is kept.
     """
-    folder = study_folder(profile)
+    folder, data = study_folder(profile), _with_test_images(data, images)
     with sole_writer(profile):
         started = time.perf_counter()
         chosen = choose(profile, data)
@@ -249,14 +251,18 @@ def _run(
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield from zip(jobs, pool.map(functools.partial(_work, profile, effort), jobs), strict=True)
+        yield from zip(jobs, pool.map(functools.partial(_work, profile, effort, len(data.test)), jobs), strict=True)
 
 
-def _work(profile: Profile, effort: Effort, job: Job) -> dict[str, dict]:
-    return quantize_and_measure(profile, _images(profile), effort, job)
+def _work(profile: Profile, effort: Effort, images: int, job: Job) -> dict[str, dict]:
+    return quantize_and_measure(profile, _with_test_images(_images(profile), images), effort, job)
 
 
 _images = functools.lru_cache(maxsize=1)(load_dataset)
+
+
+def _with_test_images(data: ImageData, count: int | None) -> ImageData:
+    return dataclasses.replace(data, test=data.test[:count])
 
 
 def quantize_and_measure(profile: Profile, data: ImageData, effort: Effort, job: Job) -> dict[str, dict]:
