@@ -14,6 +14,7 @@ import torch
 from emq_lib.errors import InvalidBitsError, InvalidParameterError, UnknownProfileError
 
 QUANTIZERS = ("rtn", "adaround")
+PRINTED = "cifar10-resnet20"  # the study that the text of the book speaks of
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from papermill.exceptions import PapermillExecutionError
 from emq_lib import drawings, pages, slides
 from emq_lib.artefacts import REPOSITORY, repository_address
 from emq_lib.errors import EMQError
-from emq_lib.profiles import get_profile
+from emq_lib.profiles import PRINTED, get_profile
 
 KERNEL = "python3"
 INJECTED, MEASURING = "injected-parameters", "measures-memory"  # tags of cells that are not the chapter's
@@ -232,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m emq_lib.publishing", description=__doc__)
     parser.add_argument("action", choices=("book", "notebooks", "pages", "slides", "student"))
-    parser.add_argument("--profile", default="cifar10-resnet20", help="study that the chapters show")
+    parser.add_argument("--profile", default=PRINTED, help="study that the chapters show")
     parser.add_argument("--rebuild", action="store_true", help="compute the study afresh instead of reading it")
     parser.add_argument("--seed", type=int, default=0, help="not 0: another draw of all that is random")
     options = parser.parse_args(arguments)

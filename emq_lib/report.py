@@ -24,7 +24,7 @@ from scipy import stats
 
 from emq_lib.artefacts import REPOSITORY, read_manifest
 from emq_lib.errors import ClaimError, InvalidParameterError
-from emq_lib.profiles import Profile, get_profile
+from emq_lib.profiles import PRINTED, Profile, get_profile
 from emq_lib.search_space import Genotype, canonical
 
 COLOURS = {
@@ -71,6 +71,11 @@ class Chapter:
     name: str
     profile: Profile
     rebuild: bool
+
+    @property
+    def as_printed(self) -> bool:
+        """Whether this is the study that the text speaks of: another one, or another seed, may find otherwise."""
+        return self.profile == get_profile(PRINTED)
 
     @property
     def ledger(self) -> pathlib.Path:

@@ -38,6 +38,8 @@ def test_the_study_is_complete(build):
         "enumeration.jsonl",
         "heldout.csv",
         "quantization.csv",
+        "comparison.parquet",
+        "runtimes.csv",
         "manifest.json",
     }
 

@@ -33,6 +33,14 @@ def test_a_claim_that_does_not_hold_stops_the_chapter(chapter, value):
     assert report.read_ledger(chapter).empty
 
 
+@pytest.mark.parametrize(
+    ("profile", "seed", "printed"),
+    [("cifar10-resnet20", 0, True), ("digits-resnet8", 0, False), ("cifar10-resnet20", 3, False)],
+)
+def test_findings_are_expected_of_the_printed_study_only(profile, seed, printed):
+    assert report.start_chapter("test", profile, rebuild=seed > 0, seed=seed).as_printed == printed
+
+
 def test_bounds_by_profile_bind_that_profile_only(chapter):
     chapter.claim("other", "{}", 100, within={"cifar10-resnet20": (0, 1)})
     with pytest.raises(ClaimError):
