@@ -25,7 +25,7 @@
 # |---|---|
 # | earlier chapters | none |
 # | files read | `model.safetensors`, `layers.csv`, `bench.parquet`, `checks.csv` of the study; the benches of the other studies |
-# | time and memory | about a minute and 2 GB to read; with `REBUILD = True` also the training and the measuring (manifest at the end) |
+# | with `REBUILD = True` | trains and measures, too (manifest at the end) |
 #
 # The bench that the paper {cite:p}`emq2023` was evaluated on, MQ-Bench-101, cannot be had: no commit of the official
 # release contains its file. This chapter builds another one, which anybody can open with pandas.

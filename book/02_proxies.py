@@ -28,7 +28,7 @@
 # |---|---|
 # | earlier chapters | [01](01_bench.ipynb) |
 # | files read | `bench.parquet`, `statistics.safetensors`, `proxies.parquet`, `proxies.json`, `heldout.csv` of the study; `heldout.csv` of the others; `benchmarks/curvature.json` |
-# | time and memory | a minute and 1 GB to read; `REBUILD = True` also passes the calibration images through the network |
+# | with `REBUILD = True` | passes the calibration images through the network, too |
 
 # %% tags=["parameters"]
 PROFILE: str = "cifar10-resnet20"  # study to show

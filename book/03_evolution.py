@@ -27,7 +27,7 @@
 # |---|---|
 # | earlier chapters | 02 |
 # | files read | `bench.parquet`, `statistics.safetensors`, `evolution.jsonl`, `searches.csv`, `enumeration.jsonl`, `heldout.csv` of the study; `evolution.jsonl` and `heldout.csv` of the others; `benchmarks/evolution.json` |
-# | time and memory | about three minutes and 1 GB; `REBUILD = True` runs every search |
+# | with `REBUILD = True` | runs every search, too |
 
 # %% tags=["parameters"]
 PROFILE: str = "cifar10-resnet20"  # study to show

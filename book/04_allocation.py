@@ -27,7 +27,7 @@
 # |---|---|
 # | earlier chapters | 02 and 03 |
 # | files read | `layers.csv`, `bench.parquet`, `proxies.json`, `statistics.safetensors`, `evolution.jsonl` of the study; `heldout.csv`, `searches.csv` and `quantization.csv` of all |
-# | time and memory | a minute and 1 GB to read; with `REBUILD = True` also the measuring (manifest in chapter 01) |
+# | with `REBUILD = True` | measures every choice, too (manifest in chapter 01) |
 
 # %% tags=["parameters"]
 PROFILE: str = "cifar10-resnet20"  # study to show

@@ -26,7 +26,7 @@
 # |---|---|
 # | earlier chapters | 04 |
 # | files read | `model.safetensors`, `layers.csv`, `quantization.csv`, `comparison.parquet`, `runtimes.csv` of the study; `comparison.parquet` of the others |
-# | time and memory | a minute and 1 GB to read; with `REBUILD = True` also the reconstructions (manifest in chapter 01) |
+# | with `REBUILD = True` | reconstructs, trains and times, too (manifest in chapter 01) |
 
 # %% tags=["parameters"]
 PROFILE: str = "cifar10-resnet20"  # study to show
@@ -135,7 +135,7 @@ with tempfile.TemporaryDirectory() as folder:
         path, weights, biases, metadata={"profile": chapter.profile.name}
     )
     on_disk, header = path.stat().st_size, export.header_bytes(path)
-    loaded, loaded_biases, _ = export.load_packed(path)
+    loaded, loaded_biases, *_ = export.load_packed(path)
 assert on_disk - header == row.size_bytes
 chapter.claim(
     "payload",
@@ -170,37 +170,23 @@ chapter.claim(
 )
 
 # %% [markdown]
-# On the digits the whole way runs live: quantize, pack, load, build a network of nothing but the loaded weights, and classify.
+# On the digits the whole way runs live: quantize, pack, load into a network of random weights, and classify. `save_network` writes what is left of a network too: the ranges
+# of the inputs, and layers that stay in floating point.
 
 # %%
 digits = get_profile("digits-resnet8")
 data = load_dataset(digits)
 network, _ = load_network(digits, data)
-chosen = network.bank.select((4, 3, 3, 2, 3, 4))
 expected = predict(network.select((4, 3, 3, 2, 3, 4)), data.test)
 with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "digits.safetensors"
-    export.save_packed(
-        path,
-        chosen,
-        {name: network.layers[name].bias.flatten() for name in chosen},
-    )
-    loaded = export.load_packed(path)[0]
-bank = dataclasses.replace(
-    network.bank,
-    weights={(name, weight.bits): weight for name, weight in loaded.items()},
-)
-model = fold_batchnorm(
-    load_checkpoint(digits, checked_path(digits, "model.safetensors"))
-)
-again = quantizers.QuantizedNetwork(model, bank, network.activation_ranges)
-assert torch.equal(
-    predict(again.select((4, 3, 3, 2, 3, 4)), data.test), expected
-)
+    export.save_network(path, network)
+    again = export.load_network(path, build_model(digits))
+assert torch.equal(predict(again, data.test), expected)
 top1(expected, data.test.labels)
 
 # %%
-show_source(export.save_packed)
+show_source(export.save_network)
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## Any network, by patterns

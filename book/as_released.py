@@ -25,7 +25,6 @@
 # |---|---|
 # | earlier chapters | [02](02_proxies.ipynb) |
 # | files read | `bench.parquet`, `statistics.safetensors`, `proxies.json`, `heldout.csv` of the study |
-# | time and memory | half a minute, 1 GB |
 #
 # What "released" means here: the public repository lilujunai/EMQ-series at commit 443147b (December 2023), read as text. Its search code, operators and
 # benchmark file are missing, so nothing of it was run; each slip below is written anew from what the code says, on this

@@ -26,7 +26,6 @@
 # |---|---|
 # | earlier chapters | [01](01_bench.ipynb) |
 # | files read | `benchmarks/engine.json` and `benchmarks/scaling.json`, written by `make benchmarks` |
-# | time and memory | half a minute, 1 GB |
 
 # %% tags=["parameters"]
 PROFILE: str = "cifar10-resnet20"  # this page shows every study that was timed

@@ -23,7 +23,6 @@
 # |---|---|
 # | earlier chapters | [01](01_bench.ipynb) |
 # | files read | none; the study is written to a temporary folder |
-# | time and memory | under a minute, 1 GB |
 
 # %% tags=["parameters"]
 PROFILE: str = "cifar10-resnet20"  # not used: this page makes its own

@@ -2,13 +2,15 @@
 
 Codes are packed bit by bit, least significant bit first, each layer from a byte of its own. The file is in safetensors
 format with a single uint8 tensor, `payload`: for each layer in order its packed codes, its scales (float32,
-little-endian), its zero points (uint8) and its biases (float32). Nothing in it is executed when it is read.
+little-endian), its zero points (uint8) and its biases (float32); then what the network keeps in floating point. Ranges
+of inputs stand in the header. Nothing in the file is executed when it is read.
 
 Explained in chapter 05.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
@@ -16,8 +18,8 @@ import math
 import pathlib
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -25,12 +27,13 @@ import torch
 from emq_lib.artefacts import atomic_path, to_json
 from emq_lib.costs import BIAS_BYTES, SCALE_BYTES, ZERO_POINT_BYTES, weight_bytes
 from emq_lib.errors import CorruptArtefactError, InvalidBitsError, InvalidParameterError, MissingArtefactError
-from emq_lib.quantizers import QuantizedLayer, QuantizedNetwork, QuantizedWeight
+from emq_lib.models import fold_batchnorm
+from emq_lib.quantizers import ActivationRange, QuantizedLayer, QuantizedNetwork, QuantizedWeight, WeightBank
 
 if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _LENGTH_BYTES = 8  # a safetensors file starts with the length of its header as a 64-bit integer
 _KEY = "emq-packed"
 ONNX_OPSET = 21  # the first with 4-bit integers
@@ -91,15 +94,84 @@ def unpack_codes(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
     return np.packbits(flat.reshape(count, bits), axis=1, bitorder="little").reshape(count)
 
 
-def payload_bytes(weights: Mapping[str, QuantizedWeight], biases: Mapping[str, torch.Tensor | None]) -> int:
-    """Return the size that a quantized network claims: packed weights, scales, zero points and biases, in bytes.
+class Packed(NamedTuple):
+    """What a packed file holds.
 
-    It equals the "size" of :func:`emq_lib.costs.size_cost`, and is the file of :func:`save_packed` less its header.
+    Attributes:
+        weights: layer name -> quantized weight.
+        biases: layer name -> float32 bias of shape (C_out,), None for a layer without one.
+        inputs: layer name -> range of its input; empty if the file says nothing of inputs.
+        rest: name -> tensor of everything that the network keeps in floating point.
+        metadata: texts that were saved with the network.
+    """
+
+    weights: dict[str, QuantizedWeight]
+    biases: dict[str, torch.Tensor | None]
+    inputs: dict[str, ActivationRange]
+    rest: dict[str, torch.Tensor]
+    metadata: dict[str, str]
+
+
+def save_network(
+    path: pathlib.Path | str, network: QuantizedNetwork, *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write the selected configuration of a quantized network, whole, into one small file.
+
+    Layers that stay in floating point and the ranges of inputs are in it too. See :func:`save_packed`, also for errors.
+    """
+    plain = network.dequantized()
+    state = plain.state_dict()
+    weights = {name: layer.weight for name, layer in network.layers.items()}
+    biases = {name: plain.get_submodule(name).bias for name in weights}
+    quantized = {f"{name}.{part}" for name in weights for part in ("weight", "bias")}
+    rest = {name: tensor for name, tensor in state.items() if name not in quantized}
+    inputs = {name: layer.activation_range for name, layer in network.layers.items()}
+    save_packed(path, weights, biases, inputs=inputs, rest=rest, metadata=metadata)
+
+
+def load_network(path: pathlib.Path | str, model: torch.nn.Module) -> QuantizedNetwork:
+    """Read a file of :func:`save_network` into a network of the same architecture.
+
+    Args:
+        path: the file.
+        model: the float network, with any weights; it stays as it is.
+
+    Returns:
+        The quantized network, on the CPU: every number in it is the file's.
+
+    Raises:
+        MissingArtefactError, CorruptArtefactError: see :func:`load_packed`.
+        InvalidParameterError: the file is of another architecture, or has no ranges of inputs.
+    """
+    packed = load_packed(path)
+    if set(packed.inputs) != set(packed.weights):
+        raise InvalidParameterError(f"{path} has no ranges of inputs. Write it with emq_lib.export.save_network.")
+    state = packed.rest | {f"{name}.weight": weight.dequantize() for name, weight in packed.weights.items()}
+    state |= {f"{name}.bias": bias for name, bias in packed.biases.items() if bias is not None}
+    folded = fold_batchnorm(copy.deepcopy(model).cpu())
+    try:
+        folded.load_state_dict(state)
+    except RuntimeError as error:
+        raise InvalidParameterError(f"{path} is of another architecture ({error}).") from error
+    bits = {name: weight.bits for name, weight in packed.weights.items()}
+    entries = {(name, weight.bits): weight for name, weight in packed.weights.items()}
+    bank = WeightBank(tuple(sorted(set(bits.values()))), tuple(bits), tuple(range(len(bits))), (), entries)
+    return QuantizedNetwork(folded, bank, packed.inputs).select(tuple(bits.values()))
+
+
+def payload_bytes(
+    weights: Mapping[str, QuantizedWeight],
+    biases: Mapping[str, torch.Tensor | None],
+    rest: Mapping[str, torch.Tensor] | None = None,
+) -> int:
+    """Return the size that a quantized network claims: packed weights, scales, zero points, biases, rest, in bytes.
+
+    Without a rest it equals the "size" of :func:`emq_lib.costs.size_cost`; it is the file less its header.
 
     Raises:
         InvalidParameterError: see :func:`save_packed`.
     """
-    return sum(layer.size for layer in _describe(weights, biases))
+    return sum(part.size for part in (*_describe(weights, biases, {}), *_describe_rest(rest or {})))
 
 
 def save_packed(
@@ -107,9 +179,11 @@ def save_packed(
     weights: Mapping[str, QuantizedWeight],
     biases: Mapping[str, torch.Tensor | None],
     *,
+    inputs: Mapping[str, ActivationRange] | None = None,
+    rest: Mapping[str, torch.Tensor] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a quantized network into one small file; a file that was there stays as it was if anything fails.
+    """Write quantized layers into one small file; a file that was there stays as it was if anything fails.
 
     The same content gives the same bytes. A SHA-256 over the description and the payload vouches for both.
 
@@ -117,22 +191,30 @@ def save_packed(
         path: the file, usually named ``*.safetensors``.
         weights: layer name -> quantized weight.
         biases: layer name -> float32 bias of shape (C_out,), None or absent for a layer without one.
+        inputs: layer name -> range of its input.
+        rest: name -> tensor that stays as it is.
         metadata: texts to keep with the network, e.g. the profile and the configuration.
 
     Raises:
-        InvalidParameterError: a bias without a layer, or a tensor of the wrong shape or type; nothing is written.
+        InvalidParameterError: a bias or a range without a layer, or a tensor of the wrong shape or type; nothing is
+            written.
         InvalidBitsError: a width outside 1 to 8.
     """
     from safetensors.numpy import save_file
 
-    layers = _describe(weights, biases)
+    layers, others = _describe(weights, biases, inputs or {}), _describe_rest(rest or {})
     texts = {str(key): str(value) for key, value in (metadata or {}).items()}
     payload = np.concatenate(
-        [np.zeros(0, np.uint8), *(part for layer in layers for part in _parts(weights[layer.name], biases, layer))]
+        [
+            np.zeros(0, np.uint8),
+            *(part for layer in layers for part in _parts(weights[layer.name], biases, layer)),
+            *(_to_bytes(rest[other.name], other.dtype) for other in others),
+        ]
     )
     description = {
         "format_version": FORMAT_VERSION,
-        "layers": [[layer.name, list(layer.shape), layer.bits, layer.bias] for layer in layers],
+        "layers": [astuple(layer) for layer in layers],
+        "rest": [astuple(other) for other in others],
         "metadata": texts,
     }
     signed = description | {"sha256": _digest(description, payload)}
@@ -140,13 +222,11 @@ def save_packed(
         save_file({"payload": payload}, temporary, metadata={_KEY: to_json(signed)})
 
 
-def load_packed(
-    path: pathlib.Path | str,
-) -> tuple[dict[str, QuantizedWeight], dict[str, torch.Tensor | None], dict[str, str]]:
+def load_packed(path: pathlib.Path | str) -> Packed:
     """Read a file of :func:`save_packed`.
 
     Returns:
-        weights, biases (None for a layer without one) and metadata, bit for bit as they were saved, on the CPU.
+        everything bit for bit as it was saved, on the CPU.
 
     Raises:
         MissingArtefactError: no such file.
@@ -164,17 +244,22 @@ def load_packed(
     if signed.get("sha256") != _digest(description, payload):
         raise CorruptArtefactError(f"{path} does not match its own SHA-256: it was altered. {remedy}")
     try:
-        layers = [_Layer(name, tuple(shape), bits, bias) for name, shape, bits, bias in description["layers"]]
-        described = sum(layer.size for layer in layers)
+        layers = [_Layer(name, tuple(shape), *facts) for name, shape, *facts in description["layers"]]
+        others = [_Other(name, tuple(shape), dtype) for name, shape, dtype in description["rest"]]
+        described = sum(part.size for part in (*layers, *others))
+        inputs = {layer.name: ActivationRange(*layer.input) for layer in layers if layer.input}
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise CorruptArtefactError(f"{path} describes its layers in an unknown way ({error}). {remedy}") from error
     if described != len(payload):
         raise CorruptArtefactError(f"{path} describes {described} bytes, but holds {len(payload)}. {remedy}")
     weights, biases = {}, {}
-    parts = np.split(payload, np.cumsum([size for layer in layers for size in layer.part_sizes])[:-1])
+    sizes = [size for layer in layers for size in layer.part_sizes] + [other.size for other in others]
+    parts = np.split(payload, np.cumsum(sizes)[:-1])
     for index, layer in enumerate(layers):
         weights[layer.name], biases[layer.name] = _assemble(layer, parts[4 * index : 4 * index + 4])
-    return weights, biases, description["metadata"]
+    kept = zip(others, parts[4 * len(layers) :], strict=False)  # without any parts, one empty part is left
+    rest = {other.name: _from_bytes(part, other.dtype).view(other.shape) for other, part in kept}
+    return Packed(weights, biases, inputs, rest, description["metadata"])
 
 
 def save_onnx(
@@ -306,6 +391,7 @@ class _Layer:
     shape: tuple[int, ...]
     bits: int
     bias: bool
+    input: tuple[float, int, int] | None = None
 
     @property
     def part_sizes(self) -> tuple[int, int, int, int]:
@@ -324,15 +410,33 @@ class _Layer:
         return sum(self.part_sizes)
 
 
+@dataclass(frozen=True)
+class _Other:
+    """What the header says of a tensor outside the quantized layers."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # as numpy writes it, with the order of bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
 def _check_bits(bits: int) -> None:
     if not 1 <= bits <= 8:
         raise InvalidBitsError(f"bits must lie in 1 to 8, got {bits}.")
 
 
-def _describe(weights: Mapping[str, QuantizedWeight], biases: Mapping[str, torch.Tensor | None]) -> list[_Layer]:
+def _describe(
+    weights: Mapping[str, QuantizedWeight],
+    biases: Mapping[str, torch.Tensor | None],
+    inputs: Mapping[str, ActivationRange],
+) -> list[_Layer]:
     """Check every tensor's type and shape, and return one description per layer."""
-    if unknown := sorted(set(biases) - set(weights)):
-        raise InvalidParameterError(f"Biases without a weight: {unknown}; the layers are {list(weights)}.")
+    if unknown := sorted({*biases, *inputs} - set(weights)):
+        raise InvalidParameterError(f"Biases or ranges without a weight: {unknown}; the layers are {list(weights)}.")
     layers = []
     for name, weight in weights.items():
         _check_bits(weight.bits)
@@ -350,8 +454,18 @@ def _describe(weights: Mapping[str, QuantizedWeight], biases: Mapping[str, torch
                     f"The {what} of layer {name!r} must be {dtype} of shape {tuple(shape)}; "
                     f"got {tensor.dtype} of shape {tuple(tensor.shape)}. Convert it before packing."
                 )
-        layers.append(_Layer(name, tuple(weight.codes.shape), int(weight.bits), bias is not None))
+        seen = astuple(inputs[name]) if name in inputs else None
+        layers.append(_Layer(name, tuple(weight.codes.shape), int(weight.bits), bias is not None, seen))
     return layers
+
+
+def _describe_rest(rest: Mapping[str, torch.Tensor]) -> list[_Other]:
+    """Return one description per tensor; only types that numpy has too can be written."""
+    try:
+        types = {name: tensor.detach().cpu().numpy().dtype.newbyteorder("<").str for name, tensor in rest.items()}
+    except TypeError as error:
+        raise InvalidParameterError(f"A tensor of the rest cannot be written: {error}. Convert it first.") from error
+    return [_Other(name, tuple(tensor.shape), types[name]) for name, tensor in rest.items()]
 
 
 def _parts(weight: QuantizedWeight, biases: Mapping[str, torch.Tensor | None], layer: _Layer) -> Iterator[np.ndarray]:
@@ -363,14 +477,15 @@ def _parts(weight: QuantizedWeight, biases: Mapping[str, torch.Tensor | None], l
         yield _to_bytes(biases[layer.name])
 
 
-def _to_bytes(values: torch.Tensor) -> np.ndarray:
-    """Return float32 numbers as little-endian bytes."""
-    return np.frombuffer(values.detach().cpu().numpy().astype("<f4").tobytes(), dtype=np.uint8)
+def _to_bytes(values: torch.Tensor, dtype: str = "<f4") -> np.ndarray:
+    """Return numbers as bytes."""
+    return np.frombuffer(values.detach().cpu().numpy().astype(dtype).tobytes(), dtype=np.uint8)
 
 
-def _from_bytes(part: np.ndarray) -> torch.Tensor:
+def _from_bytes(part: np.ndarray, dtype: str = "<f4") -> torch.Tensor:
     """Undo :func:`_to_bytes`."""
-    return torch.from_numpy(np.frombuffer(part.tobytes(), dtype="<f4").astype(np.float32))
+    numbers = np.frombuffer(part.tobytes(), dtype=dtype)
+    return torch.from_numpy(numbers.astype(numbers.dtype.newbyteorder("=")))
 
 
 def _assemble(layer: _Layer, parts: list[np.ndarray]) -> tuple[QuantizedWeight, torch.Tensor | None]:

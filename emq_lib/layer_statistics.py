@@ -383,7 +383,8 @@ def measure_statistics(profile: Profile, calibration: Split) -> dict[str, torch.
         arrays["output_error"] = output_errors(model, errors, calibration)
     with _timed(seconds, "one_slot"):
         float_logits, logits = one_slot_logits(model, members, quantized, calibration)
-        arrays["kl"], arrays["loss"] = _divergences(float_logits, logits, calibration.labels)
+        arrays["kl"] = divergences(float_logits, logits)
+        arrays["loss"] = _losses(float_logits, logits, calibration.labels)
         arrays["logit_products"] = logit_products(float_logits, logits)
     with _timed(seconds, "pair_losses"):
         arrays["pair_losses"] = pair_losses(model, members, quantized, few)
@@ -395,15 +396,24 @@ def measure_statistics(profile: Profile, calibration: Split) -> dict[str, torch.
     return stored | {"seconds": seconds}
 
 
-def _divergences(
-    float_logits: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean divergence from the float predictions, and the cross-entropy less the float one, (S, B) each."""
+def divergences(float_logits: torch.Tensor, logits: torch.Tensor) -> np.ndarray:
+    """Return the mean over images of KL(float || one slot quantized), in nats.
+
+    Args:
+        float_logits: shape (N, classes).
+        logits: with one slot quantized, shape (S, B, N, classes).
+
+    Returns:
+        float64 array of shape (S, B).
+    """
     reference, changed = float_logits.log_softmax(dim=1), logits.log_softmax(dim=3)
-    kl = (reference.exp() * (reference - changed)).sum(dim=3).mean(dim=2)
-    rows = torch.arange(len(labels))
-    loss = (reference[rows, labels] - changed[:, :, rows, labels]).mean(dim=2)
-    return kl.cpu().numpy(), loss.cpu().numpy()
+    return (reference.exp() * (reference - changed)).sum(dim=3).mean(dim=2).cpu().numpy()
+
+
+def _losses(float_logits: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
+    """Return the mean cross-entropy less the float one, shape (S, B)."""
+    reference, changed, rows = float_logits.log_softmax(dim=1), logits.log_softmax(dim=3), torch.arange(len(labels))
+    return (reference[rows, labels] - changed[:, :, rows, labels]).mean(dim=2).cpu().numpy()
 
 
 def _refuse_infinite(

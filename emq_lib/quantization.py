@@ -9,7 +9,7 @@ import copy
 import pathlib
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -25,6 +25,7 @@ from emq_lib.costs import CostTable, bops_cost, size_cost
 from emq_lib.datasets import ImageData, Inputs, Split
 from emq_lib.errors import InvalidParameterError, UnsupportedModelError
 from emq_lib.experiments import SEARCHED
+from emq_lib.layer_statistics import divergences, one_slot_logits
 from emq_lib.measuring import PARTIAL, load_network, measure_resumably
 from emq_lib.models import fold_batchnorm
 from emq_lib.planning import plan_bits
@@ -116,6 +117,49 @@ def quantize_model(
         weights = {(name, width): adaround(original[name], width, moments[name]) for name, width in plan.bits.items()}
     bank = WeightBank(tuple(sorted(set(config))), tuple(plan.bits), tuple(range(len(config))), (), weights)
     return QuantizedNetwork(folded, bank, ranges).select(config)
+
+
+def choose_bits(
+    model: nn.Module,
+    calibration: torch.Tensor | Split,
+    *,
+    average_bits: float,
+    choices: Sequence[int] = (2, 3, 4),
+    ends: int | None = 8,
+) -> dict[str, int]:
+    """Choose each layer's bits without training: what its divergence alone says, allocated exactly within a size.
+
+    Every layer in turn is rounded to nearest at every width, and the divergence of the network's predictions from the
+    float ones is its score (the one-layer KL of chapter 02); their sum is minimised within the packed size (chapter
+    04). Takes a pass over the images for each layer and width.
+
+    Args:
+        model: the float network, which `torch.fx` can trace; it stays as it is.
+        calibration: a few hundred images, as for :func:`quantize_model`; labels are not needed.
+        average_bits: the size, as average bits of the weights between the ends.
+        choices: the widths to choose from, increasing.
+        ends: width that :func:`quantize_model` is to give to the first and the last layer; None: they take part.
+
+    Returns:
+        layer name -> bits, as `bits=` of :func:`quantize_model` takes it; without the ends.
+
+    Raises:
+        InvalidParameterError, UnsupportedModelError: see :func:`quantize_model`.
+        InfeasibleBudgetError: fewer bits than the smallest choice.
+    """
+    images = calibration if isinstance(calibration, Split) else Inputs(calibration)
+    folded = _traced(model)
+    table = plan_bits(folded, _example(folded, images), default=max(choices), ends=ends).layers
+    free = table["rule"] != "ends"
+    names = list(table.loc[free, "name"])
+    layers = table.assign(searchable=free, slot=free.cumsum() - 1, pinned_bits=table["bits"])
+    size = size_cost(layers, choices)
+    budget = budget_for_average_bits(average_bits, size, choices)
+    weights = {name: folded.get_submodule(name).weight for name in names}
+    rounded = {name: [quantize(weight, width).dequantize() for width in choices] for name, weight in weights.items()}
+    scores = -divergences(*one_slot_logits(folded, [(name,) for name in names], rounded, images))
+    found = allocate(scores, {"size": size}, {"size": budget}, choices, layers=names, time_limit=PATIENCE)
+    return dict(zip(names, found.bits, strict=True))
 
 
 def _traced(model: nn.Module) -> torch.fx.GraphModule:

@@ -15,15 +15,14 @@ import onnxruntime
 import pandas as pd
 import torch
 
+from emq_lib import export
 from emq_lib.artefacts import atomic_path, checked_path, record, sole_writer, study_folder
 from emq_lib.bench import bits_text, parse_bits
 from emq_lib.datasets import ImageData, Split
-from emq_lib.export import load_packed, save_onnx, save_packed
 from emq_lib.measuring import load_folded, load_network
-from emq_lib.models import predict, top1
+from emq_lib.models import build_model, predict, top1
 from emq_lib.profiles import Profile
 from emq_lib.quantization import load_quantization
-from emq_lib.quantizers import QuantizedNetwork, WeightBank
 from emq_lib.report import mean_with_interval
 
 MIXED, AVERAGE, WIDE = "evolved for allocation", 2.5, (4, 8)
@@ -56,26 +55,6 @@ def _feed(images: Split) -> dict[str, np.ndarray]:
     return {"images": images.inputs().contiguous().numpy()}
 
 
-def packed_network(profile: Profile, path: pathlib.Path, network: QuantizedNetwork) -> QuantizedNetwork:
-    """Return a network of nothing but what a packed file holds, with the input ranges of the network it was made of.
-
-    Args:
-        profile: gives the float network, whose weights and biases are replaced.
-        path: a file of :func:`emq_lib.export.save_packed`.
-        network: gives the ranges.
-    """
-    weights, biases, _ = load_packed(path)
-    model = load_folded(profile, "cpu")
-    for name in weights:
-        layer = model.get_submodule(name)
-        layer.weight.data.zero_()
-        layer.bias.data.copy_(biases[name])
-    bits = {name: weight.bits for name, weight in weights.items()}
-    entries = {(name, weight.bits): weight for name, weight in weights.items()}
-    bank = WeightBank(tuple(sorted(set(bits.values()))), tuple(bits), tuple(range(len(bits))), (), entries)
-    return QuantizedNetwork(model, bank, network.activation_ranges).select(tuple(bits.values()))
-
-
 def build_runtimes(profile: Profile, data: ImageData) -> None:
     """Export some configurations, compare predictions on all test images, time onnxruntime; write ``runtimes.csv``.
 
@@ -102,18 +81,17 @@ def build_runtimes(profile: Profile, data: ImageData) -> None:
         root = pathlib.Path(folder)
         plain = load_folded(profile, "cpu")
         files = {"float": root / "float.onnx"}
-        save_onnx(files["float"], plain, example)
+        export.save_onnx(files["float"], plain, example)
         truth = predict(plain, data.test)
         rows = [{"network": "float", "bits": "", **_agreement({"optimized": files["float"]}, truth, data.test)}]
         for name, config in configs.items():
             network.select(config)
             files[name], exact, packed = (root / f"{bits_text(config)}.{kind}" for kind in ("qdq", "exact", "packed"))
-            save_onnx(files[name], network, example)
-            save_onnx(exact, network, example, exact=True)
-            biases = {layer: module.bias.flatten() for layer, module in network.layers.items()}
-            save_packed(packed, network.bank.select(config), biases)
+            export.save_onnx(files[name], network, example)
+            export.save_onnx(exact, network, example, exact=True)
+            export.save_network(packed, network)
             truth = predict(network, data.test)
-            again = predict(packed_network(profile, packed, network), data.test)
+            again = predict(export.load_network(packed, build_model(profile)), data.test)
             found = _agreement({"exact": exact, "qdq": files[name], "optimized": files[name]}, truth, data.test)
             facts = {"network": name, "bits": bits_text(config), "packed_bytes": packed.stat().st_size}
             rows.append(facts | {"same_packed": int((again == truth).all(dim=1).sum())} | found)

@@ -22,6 +22,7 @@ from emq_lib.errors import CorruptArtefactError, InvalidBitsError, InvalidParame
 from emq_lib.export import header_bytes, load_packed, pack_codes, payload_bytes, save_packed, unpack_codes
 from emq_lib.measuring import load_network
 from emq_lib.models import build_model, fold_batchnorm, layer_table
+from emq_lib.quantization import quantize_model
 from emq_lib.quantizers import QuantizedWeight, build_weight_bank, quantize
 
 
@@ -74,7 +75,7 @@ def test_packing_refuses_what_would_not_come_back():
 
 def test_loaded_network_is_the_saved_one_bit_for_bit(packed):
     weights, biases = small_network()
-    loaded_weights, loaded_biases, metadata = load_packed(packed)
+    loaded_weights, loaded_biases, _, _, metadata = load_packed(packed)
     assert list(loaded_weights) == list(weights)
     assert metadata == {"profile": "digits-resnet8", "note": 'bits "3, 2" \N{EM DASH} é'}
     for name, weight in weights.items():
@@ -120,25 +121,25 @@ def test_layers_without_any_bias_cost_none():
 
 def test_same_network_gives_the_same_bytes(packed, tmp_path):
     weights, biases = small_network()
-    biases["fc"] = load_packed(packed)[1]["fc"]
+    biases["fc"] = load_packed(packed).biases["fc"]
     for order in (("profile", "note"), ("note", "profile")):
-        metadata = load_packed(packed)[2]
+        metadata = load_packed(packed).metadata
         save_packed(tmp_path / "again.safetensors", weights, biases, metadata={key: metadata[key] for key in order})
         assert (tmp_path / "again.safetensors").read_bytes() == packed.read_bytes()
 
 
 def test_memory_layout_of_the_codes_does_not_matter(packed, tmp_path):
-    weights, biases, _ = load_packed(packed)
+    weights, biases, *_ = load_packed(packed)
     first = weights["conv1"]
     strided = first.codes.contiguous(memory_format=torch.channels_last)
     weights["conv1"] = QuantizedWeight(strided, first.scale, first.zero_point, first.bits)
     save_packed(tmp_path / "strided.safetensors", weights, biases)
-    assert torch.equal(load_packed(tmp_path / "strided.safetensors")[0]["conv1"].codes, first.codes)
+    assert torch.equal(load_packed(tmp_path / "strided.safetensors").weights["conv1"].codes, first.codes)
 
 
 def test_every_altered_byte_is_noticed_or_harmless(packed):
     """Flip each byte of the file in turn: it is refused, or (white space of the header) reads as before."""
-    original, (weights, biases, metadata) = packed.read_bytes(), load_packed(packed)
+    original, whole = packed.read_bytes(), load_packed(packed)
     start, refused = header_bytes(packed), 0
     for position in range(len(original)):
         altered = bytearray(original)
@@ -150,9 +151,10 @@ def test_every_altered_byte_is_noticed_or_harmless(packed):
             refused += 1
             continue
         assert position < start
-        assert again[2] == metadata
-        assert all(torch.equal(again[0][name].dequantize(), weights[name].dequantize()) for name in weights)
-        assert torch.equal(again[1]["fc"], biases["fc"])
+        assert again.metadata == whole.metadata
+        for name, weight in whole.weights.items():
+            assert torch.equal(again.weights[name].dequantize(), weight.dequantize())
+        assert torch.equal(again.biases["fc"], whole.biases["fc"])
     assert refused > 0.95 * len(original)
 
 
@@ -211,6 +213,54 @@ def test_bad_networks_are_refused_and_the_old_file_stays(packed):
 @pytest.fixture
 def network(study, profile, data):
     return load_network(profile, data)[0].select((4, 3, 2, 3, 4, 2))
+
+
+def test_the_file_alone_gives_a_network_with_the_same_numbers(network, profile, data, tmp_path):
+    path = tmp_path / "network.safetensors"
+    export.save_network(path, network, metadata={"profile": profile.name})
+    again = export.load_network(path, build_model(profile))  # of random weights
+    assert torch.equal(models.predict(again, data.test), models.predict(network, data.test))
+    assert load_packed(path).metadata == {"profile": profile.name}
+
+
+class Mixed(nn.Module):
+    """Quantized layers beside some that stay in floating point."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.normalize = nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)
+        self.up, self.head = nn.ConvTranspose2d(8, 4, 2), nn.Linear(4, 5, bias=False)
+        self.register_buffer("offset", torch.randn(4))
+
+    def forward(self, x):
+        return self.head(self.up(self.normalize(self.first(x)).relu()).mean(dim=(2, 3)) + self.offset)
+
+
+def test_layers_in_floating_point_and_narrow_inputs_come_back(tmp_path):
+    images, path = torch.randn(6, 3, 8, 8), tmp_path / "network.safetensors"
+    model = Mixed().eval()
+    with pytest.warns(UserWarning, match="left in floating point: up"):
+        network = quantize_model(model, images, default=2, activation_bits=4, verbose=False)
+    export.save_network(path, network)
+    again = export.load_network(path, Mixed())
+    with torch.inference_mode():
+        assert torch.equal(again(images), network(images))
+    rest = {name: value for name, value in model.state_dict().items() if name.split(".")[0] not in ("first", "head")}
+    assert sum(value.nbytes for value in rest.values()) == 4 * (8 + 8 + 8 * 4 * 4 + 4 + 4)
+    packed = load_packed(path)
+    assert set(packed.rest) == set(rest)
+    assert path.stat().st_size == header_bytes(path) + payload_bytes(packed.weights, packed.biases, rest)
+
+
+def test_a_file_of_another_network_is_refused(network, packed, profile, tmp_path):
+    with pytest.raises(InvalidParameterError, match="no ranges of inputs"):
+        export.load_network(packed, build_model(profile))
+    path = tmp_path / "whole.safetensors"
+    export.save_network(path, network)
+    with pytest.raises(InvalidParameterError, match=r"(?s)another architecture .*up\.weight"):
+        export.load_network(path, Mixed())
+    with pytest.raises(InvalidParameterError, match="cannot be written"):
+        save_packed(path, *small_network(), rest={"half": torch.zeros(2, dtype=torch.bfloat16)})
 
 
 def _run(path, split):

@@ -1,21 +1,24 @@
 """Any network quantized by a plan, and configurations chosen within budgets."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from emq_lib import bench, models, quantization
 from emq_lib.artefacts import checked_path
 from emq_lib.block_reconstruction import LAPTOP
 from emq_lib.costs import size_cost
-from emq_lib.errors import InvalidParameterError, UnsupportedModelError
+from emq_lib.errors import InfeasibleBudgetError, InvalidParameterError, UnsupportedModelError
 from emq_lib.layer_statistics import load_statistics
 from emq_lib.measuring import load_network
 from emq_lib.proxies import score_table
 from emq_lib.qat import QatRecipe
+from emq_lib.quantizers import fake_quantize
 
 
 @pytest.fixture
@@ -32,6 +35,30 @@ def test_to_nearest_is_what_the_bench_measures(model, data, profile):
     )
     assert model.training
     assert torch.equal(models.predict(found, data.test), models.predict(network.select(config), data.test))
+
+
+def test_chosen_bits_are_the_best_of_all_within_the_size(model, data):
+    """Independent truth: divergences by plain passes through changed copies, and every configuration tried."""
+    images, choices = data.calibration[:64], (2, 3, 4)
+    bits = quantization.choose_bits(model, images, average_bits=2.6, choices=choices)
+    folded = models.fold_batchnorm(copy.deepcopy(model))
+    wanted, kl = models.predict(folded, images).log_softmax(dim=1), np.zeros((len(bits), len(choices)))
+    sizes = np.array([folded.get_submodule(name).weight.numel() for name in bits])
+    for slot, name in enumerate(bits):
+        for choice, width in enumerate(choices):
+            changed = copy.deepcopy(folded)
+            weight = changed.get_submodule(name).weight
+            weight.data = fake_quantize(weight.data, width)
+            found = models.predict(changed, images).log_softmax(dim=1)
+            kl[slot, choice] = F.kl_div(found, wanted, log_target=True, reduction="batchmean")
+    configs = np.array(list(itertools.product(range(3), repeat=len(bits))))
+    fits = configs[(np.ceil(np.array(choices)[configs] * sizes / 8)).sum(axis=1) <= 2.6 * sizes.sum() / 8]
+    totals = kl[np.arange(len(bits)), fits].sum(axis=1)
+    assert tuple(bits.values()) == tuple(np.array(choices)[fits[totals.argmin()]])
+    assert not {"conv1", "fc"} & set(bits)
+    assert set(quantization.choose_bits(model, images, average_bits=3, ends=None)) == {"conv1", *bits, "fc"}
+    with pytest.raises(InfeasibleBudgetError, match="smallest choice is 2"):
+        quantization.choose_bits(model, images, average_bits=1.9)
 
 
 def test_learned_rounding_changes_logits_less_than_rounding_to_nearest(model, data):

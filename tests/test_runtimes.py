@@ -2,22 +2,9 @@
 
 import numpy as np
 import pytest
-import torch
 
-from emq_lib import export, runtimes
+from emq_lib import runtimes
 from emq_lib.errors import MissingArtefactError
-from emq_lib.measuring import load_network
-from emq_lib.models import predict
-
-
-def test_the_packed_file_alone_gives_the_same_numbers(study, profile, data, tmp_path):
-    network, _ = load_network(profile, data)
-    network.select((4, 3, 2, 3, 4, 2))
-    path = tmp_path / "network.safetensors"
-    biases = {name: layer.bias.flatten() for name, layer in network.layers.items()}
-    export.save_packed(path, network.bank.select((4, 3, 2, 3, 4, 2)), biases)
-    again = runtimes.packed_network(profile, path, network)
-    assert torch.equal(predict(again, data.test), predict(network, data.test))
 
 
 def test_every_network_is_compared_and_timed(choices, profile, data, monkeypatch):
