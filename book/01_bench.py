@@ -52,6 +52,7 @@ from emq_lib.artefacts import read_facts, read_manifest
 from emq_lib.costs import gather
 from emq_lib.datasets import load_dataset
 from emq_lib.models import fold_batchnorm, layer_table, predict, top1
+from emq_lib.palette import PLAIN
 from emq_lib.profiles import QUANTIZERS, get_profile, profile_names
 from emq_lib.report import (
     plot_by_bits,
@@ -139,8 +140,8 @@ errors = [squared_error(shrink) for shrink in shrinks]
 
 # %% tags=["hide-input"] slideshow={"slide_type": "-"} mystnb={"figure": {"caption": "Squared error of one channel at 2 bits against the range that is kept. The smallest error (vertical line) is not at 100 %: cutting off the largest weights pays.", "name": "fig-01-1"}, "image": {"alt": "Curve of squared error against the share of the range that is kept. It has a minimum below 100 %, marked by a vertical line, and rises on both sides."}}
 figure, ax = plt.subplots()
-ax.plot(np.multiply(shrinks, 100), errors, color="#0072b2")
-ax.axvline(100 * shrinks[int(np.argmin(errors))], color="#d55e00")
+ax.plot(np.multiply(shrinks, 100), errors, color=PLAIN)
+ax.axvline(100 * shrinks[int(np.argmin(errors))], color=PLAIN, linestyle="--")
 ax.set(
     xlabel="range kept (%)", ylabel="squared error of the channel", yscale="log"
 )
@@ -602,7 +603,7 @@ figure, ax = plt.subplots()
 plot_scatter(
     sample.top1,
     learned.top1,
-    colour="#0072b2",
+    colour=PLAIN,
     xlabel="top-1, rounding to nearest (%)",
     ylabel="top-1, learned rounding (%)",
     ax=ax,

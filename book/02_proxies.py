@@ -52,6 +52,7 @@ from emq_lib.costs import gather
 from emq_lib.datasets import load_dataset
 from emq_lib.heldout import build_heldout, load_heldout, load_tables
 from emq_lib.models import fold_batchnorm, load_checkpoint
+from emq_lib.palette import COLOURS, PLAIN
 from emq_lib.profiles import QUANTIZERS, get_profile, profile_names
 from emq_lib.quantizers import fake_quantize
 from emq_lib.report import (
@@ -325,7 +326,7 @@ for ax, proxy in zip(
     plot_scatter(
         scores[proxy],
         heldout.top1,
-        colour="#0072b2",
+        colour=COLOURS[proxy],
         xlabel=proxy,
         ylabel="",
         ax=ax,
@@ -419,6 +420,7 @@ chapter.claim(
     interval=(best.lo, best.hi),
     n=int(best.n),
     paper="HAWQ-V2 is the best earlier proxy with 0.7475 at n = 50 (quoted by a secondary summary)",
+    reported=ranking.sampling_interval(0.7475, 50),
 )
 
 # %% slideshow={"slide_type": "-"}
@@ -613,7 +615,7 @@ scikit_posthocs.critical_difference_diagram(
     label_fmt_left="{label} ({rank:.1f})",
     label_fmt_right="({rank:.1f}) {label}",
     label_props={"fontsize": 8},
-    color_palette={name: "#0072b2" for name in judged},
+    color_palette={name: PLAIN for name in judged},
 )
 plt.show()
 

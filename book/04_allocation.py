@@ -198,7 +198,7 @@ chapter.claim(
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## Other ways to allocate
 #
-# Published code solves this problem in other ways. HAWQ-V3 states the same integer program. *Greedy* raises one layer at a time by score gained per byte. OMPQ lets widths be fractions, and *rounds*. The
+# Published code solves this problem in other ways. HAWQ-V3 {cite:p}`hawqv3` states the same integer program. *Greedy* raises one layer at a time by score gained per byte. OMPQ {cite:p}`ompq` lets widths be fractions, and *rounds*. The
 # released code of EMQ draws 50,000 *mutants* of a root, which is OMPQ's answer, and keeps the best. How often does each miss the optimum, by how much of the way from the
 # worst configuration to the best, and how long does it take?
 
@@ -490,7 +490,7 @@ plot_forest(
     means.rename(columns={"mean": "rho100"}).rename_axis("proxy").reset_index(),
     ax=ax,
 )
-ax.axvline(reference, color="#333333", linewidth=1)
+ax.axvline(reference, color="#808080", linewidth=1)
 ax.annotate(
     hand_made,
     (reference, -0.9),

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import Markdown, display
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from myst_nb import glue
 from pandas.core.groupby import SeriesGroupBy
@@ -24,44 +25,9 @@ from scipy import stats
 
 from emq_lib.artefacts import REPOSITORY, read_manifest
 from emq_lib.errors import ClaimError, InvalidParameterError
+from emq_lib.palette import COLOURS, PLAIN, SAMPLE_COLOURS, shades
 from emq_lib.profiles import PRINTED, Profile, get_profile
 from emq_lib.search_space import Genotype, canonical
-
-COLOURS = {
-    "bit sum": "#999999",
-    "parameter bits": "#7f7f7f",
-    "BOPs": "#b3b3b3",
-    "bit-SNIP": "#e69f00",
-    "bit-Synflow": "#c98a00",
-    "HAWQ": "#2f9ed6",
-    "HAWQ-V2": "#56b4e9",
-    "OMPQ": "#b58900",
-    "QE": "#7a9a01",
-    "EMQ": "#9c4221",
-    "CLADO": "#7b3294",
-    "added logit changes": "#b07cc6",
-    "Fisher error": "#0072b2",
-    "relative weight error": "#cc79a7",
-    "relative output error": "#a6558a",
-    "one-layer KL": "#66c2a5",
-    "sqrt one-layer KL": "#009e73",
-    "evolved": "#d55e00",
-    "evolved for rho": "#f28e4b",
-    "evolved for allocation": "#a8324a",
-    "evolved with pairs": "#963c00",
-    "transferred for rho": "#c2477f",
-    "transferred with pairs": "#7d2150",
-    "additive oracle": "#8c6d1f",
-    "pairwise oracle": "#5c4a14",
-    "noise ceiling": "#8a8a8a",
-    "uniform": "#333333",
-    "random": "#b0b0b0",
-    "best of random": "#5b8c5a",
-    "evolution": "#d55e00",
-    "random search": "#b0b0b0",
-}
-
-SAMPLE_COLOURS = {"random": "#999999", "stratified": "#0072b2", "one-off": "#e69f00", "uniform": "#d55e00"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +59,7 @@ class Chapter:
         interval: tuple[float, float] | None = None,
         n: int | None = None,
         paper: str = "",
+        reported: tuple[float, float] | None = None,
     ) -> Markdown:
         """State a number, check it, glue it under its key, and enter it into the ledger.
 
@@ -105,6 +72,7 @@ class Chapter:
             interval: 95 % interval, if the number is an estimate.
             n: number of observations behind it.
             paper: what the paper reports, with the source of that knowledge.
+            reported: the paper's number as an interval, 95 % where it is an estimate; with equal ends if it is exact.
 
         Returns:
             the sentence with its value, to be shown as the cell's output.
@@ -138,10 +106,18 @@ class Chapter:
             "n": n,
             "bounds": bounds,
             "paper": paper,
+            "agrees": _agreement(interval or (value, value), reported) if reported else "",
         }
         with self.ledger.open("a") as file:
             file.write(json.dumps(row, default=float) + "\n")
         return Markdown(text)
+
+
+def _agreement(ours: tuple[float, float], theirs: tuple[float, float]) -> str:
+    """Say whether two intervals overlap, and otherwise which one lies higher."""
+    if ours[0] > theirs[1]:
+        return "no, higher here"
+    return "no, lower here" if ours[1] < theirs[0] else "yes"
 
 
 def start_chapter(name: str, profile: str, rebuild: bool, seed: int = 0) -> Chapter:
@@ -255,8 +231,7 @@ def plot_by_bits(effects: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ax: axes to draw on.
     """
     ax = ax or plt.gca()
-    shades = ["#d55e00", "#999999", "#0072b2"]
-    for (bits, column), colour in zip(effects.items(), shades, strict=False):
+    for (bits, column), colour in zip(effects.items(), shades(effects.shape[1]), strict=True):
         ax.plot(column.to_numpy(), marker="o", markersize=3, color=colour)
         ax.annotate(
             f"{bits} bits",
@@ -345,7 +320,7 @@ def plot_sizes(sizes: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ax: axes to draw on.
     """
     ax = ax or plt.gca()
-    ax.loglog(sizes["MACs per image"], sizes["microseconds"], "o", color="#0072b2")
+    ax.loglog(sizes["MACs per image"], sizes["microseconds"], "o", color=PLAIN)
     for line, (name, row) in enumerate(sizes.sort_values("microseconds").iterrows()):
         place = {"xytext": (4, -12 if line % 2 else 5), "textcoords": "offset points"}
         ax.annotate(name, (row["MACs per image"], row["microseconds"]), fontsize=8, **place)
@@ -611,10 +586,20 @@ def plot_heatmap(bits: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ax: axes to draw on.
     """
     ax = ax or plt.gca()
-    ax.imshow(bits.to_numpy(dtype=float), cmap="cividis", aspect="auto", alpha=0.85)
+    widths = np.unique(bits)
+    places = np.searchsorted(widths, bits.to_numpy())
+    ax.imshow(places, cmap=ListedColormap(shades(len(widths))), aspect="auto")
     for row, column in np.ndindex(bits.shape):
         value = bits.iat[row, column]
-        ax.text(column, row, str(value), ha="center", va="center", fontsize=7, color="white" if value < 4 else "black")
+        ax.text(
+            column,
+            row,
+            str(value),
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="white" if value < widths[-1] else "black",
+        )
     ax.set_xticks(range(bits.shape[1]), bits.columns, rotation=60, ha="right", fontsize=7)
     ax.set_yticks(range(bits.shape[0]), bits.index, fontsize=8)
     ax.grid(visible=False)
@@ -631,8 +616,7 @@ def plot_dots(table: pd.DataFrame, *, float_top1: float, ax: Axes | None = None)
     """
     ax = ax or plt.gca()
     ordered = table[::-1]
-    shades = plt.get_cmap("cividis")(np.linspace(0.05, 0.85, table.shape[1]))
-    for (average, column), shade in zip(ordered.items(), shades, strict=True):
+    for (average, column), shade in zip(ordered.items(), shades(table.shape[1]), strict=True):
         ax.scatter(column, range(len(column)), color=shade, s=26, label=f"{average:g} bits", zorder=3)
     ax.axvline(float_top1, color="#8a8a8a", linestyle="--", linewidth=1)
     ax.set_yticks(range(len(ordered)), ordered.index)

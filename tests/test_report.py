@@ -26,6 +26,22 @@ def test_a_claim_that_holds_is_stated_and_entered(chapter):
     )
 
 
+@pytest.mark.parametrize(
+    ("interval", "reported", "agrees"),
+    [
+        ((0.5, 0.7), (0.65, 0.9), "yes"),
+        ((0.5, 0.6), (0.65, 0.9), "no, lower here"),
+        ((0.92, 0.95), (0.65, 0.9), "no, higher here"),
+        (None, (2, 2), "yes"),
+        (None, (1, 1), "no, higher here"),
+        ((0.5, 0.7), None, ""),
+    ],
+)
+def test_a_claim_says_whether_it_agrees_with_the_paper(chapter, interval, reported, agrees):
+    chapter.claim("key", "{}", 2, within=(0, 5), interval=interval, reported=reported)
+    assert report.read_ledger(chapter)["agrees"].item() == agrees
+
+
 @pytest.mark.parametrize("value", [0.9, 3.1, float("nan"), float("inf")])
 def test_a_claim_that_does_not_hold_stops_the_chapter(chapter, value):
     with pytest.raises(ClaimError, match="claim 'key'"):
