@@ -74,9 +74,9 @@ import sys
 
 if importlib.util.find_spec("emq_lib") is None:
     subprocess.run(["git", "clone", "--quiet", "{address}", "emq"], check=True)
-    install = [sys.executable, "-m", "pip", "install", "--quiet"]
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
     subprocess.run([*install, "-r", "emq/requirements.lock"], check=True)
-    subprocess.run([*install, "--no-deps", "--editable", "emq"], check=True)
+    subprocess.run([*install, "--editable", "emq"], check=True)
     sys.path.insert(0, os.path.abspath("emq"))
     os.chdir("emq/book")"""
 
