@@ -404,13 +404,27 @@ names = {
     "brecq": "BRECQ",
     "qat": "QAT",
 }
-for quantizer, name in names.items():
-    if quantizer in means.index:
-        shown = means[quantizer].map(
-            lambda mean: f"{mean.value:.1f} [{mean.lo:.1f}, {mean.hi:.1f}]"
-        )
-        wide = shown.unstack("average_bits").fillna("–")
-        show_table(wide.rename_axis(f"{name}").reset_index())
+order = [*comparison.COMPARED, comparison.BEST_OF_RANDOM]
+
+
+def with_ends(found, lowest=-np.inf, highest=np.inf):
+    """Return a mean with its interval as text."""
+    ends = np.clip([found.lo, found.hi], lowest, highest)
+    text = f"{found.value:.1f} [{ends[0]:.1f}, {ends[1]:.1f}]"
+    return text.replace("-0.0", "0.0")
+
+
+def show_by_budget(texts):
+    """Show one table for each quantizer: methods by average bits."""
+    for quantizer in names:
+        if quantizer in texts.index.unique(0):
+            wide = texts[quantizer].unstack(0).sort_index(axis=1)
+            wide = wide.reindex([name for name in order if name in wide.index])
+            wide = wide.fillna("–").rename_axis(names[quantizer])
+            show_table(wide.reset_index())
+
+
+show_by_budget(means.map(lambda mean: with_ends(mean, 0, 100)))
 
 # %% slideshow={"slide_type": "slide"} tags=["hide-input"] mystnb={"figure": {"caption": "Top-1 on images that no search has seen, against average bits, one panel per quantizer; the dashed line is the float network. Rounding to nearest parts the methods, reconstruction brings them together.", "name": "fig-05-2"}, "image": {"alt": "Three panels of curves that rise with average bits; they lie far apart when weights are rounded to nearest and close together, near the float network, after reconstruction."}}
 plot_quantizers(
@@ -497,14 +511,10 @@ chapter.claim(
 
 # %%
 marked = [
-    f"{row.value:.1f} [{row.lo:.1f}, {row.hi:.1f}]"
-    + ("*" if row.holm < 0.05 else "")
+    with_ends(row) + ("*" if row.holm < 0.05 else "")
     for row in versus.itertuples()
 ]
-for quantizer in versus.index.unique("quantizer"):
-    shown = pd.Series(marked, index=versus.index)[quantizer]
-    wide = shown.unstack("average_bits").fillna("–")
-    show_table(wide.rename_axis(names[quantizer]).reset_index())
+show_by_budget(pd.Series(marked, index=versus.index))
 
 # %%
 tested = versus.query("average_bits <= 3").drop(
@@ -564,6 +574,7 @@ show_table(
     .agg(["median", "max", "size"])
     .drop(index="float")
     .rename(index=names)
+    .set_axis(["median (s)", "longest (s)", "networks"], axis=1)
     .reset_index(),
     decimals=1,
 )
@@ -602,7 +613,7 @@ for study in profile_names():
                         "quantizer": names[quantizer],
                         "bits": average,
                         "against": row.name,
-                        "points": f"{row['value']:.1f} [{row['lo']:.1f}, {row['hi']:.1f}]",
+                        "points": with_ends(row),
                         "seeds": int(row["seeds"]),
                     }
                 )

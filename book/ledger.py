@@ -25,6 +25,7 @@ REBUILD: bool = False  # nothing to compute here
 SEED: int = 0  # another number: another draw of all that is random
 
 # %% tags=["hide-input"]
+import pandas as pd
 from emq_lib.report import read_ledger, show_table, start_chapter
 
 chapter = start_chapter("ledger", PROFILE, REBUILD, SEED)
@@ -33,16 +34,19 @@ chapter = start_chapter("ledger", PROFILE, REBUILD, SEED)
 ledger = read_ledger(chapter)
 assert ledger["key"].is_unique
 ledger["n"] = ledger["n"].astype("Int64")
-ledger["value"] = [
-    f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    for value in ledger["value"]
-]
-show_table(
-    ledger[
-        ["chapter", "value", "lo", "hi", "n", "sentence", "paper", "agrees"]
-    ],
-    decimals=3,
-)
+
+
+def shown(claim: pd.Series) -> str:
+    """Return a value with its interval."""
+    digits = ",.0f" if abs(claim["value"]) >= 1e4 else ".4g"
+    ends = f" [{claim['lo']:.4g}, {claim['hi']:.4g}]"
+    return f"{claim['value']:{digits}}" + (
+        ends if pd.notna(claim["lo"]) else ""
+    )
+
+
+ledger["value"] = ledger.apply(shown, axis=1)
+show_table(ledger[["chapter", "sentence", "value", "n", "paper", "agrees"]])
 
 # %%
 compared = ledger.loc[ledger["agrees"] != "", "agrees"]

@@ -210,15 +210,13 @@ def show_table(table: pd.DataFrame, *, decimals: int = 2) -> None:
 
 
 def plot_histogram(values: np.ndarray, marks: Mapping[str, float], *, xlabel: str, ax: Axes | None = None) -> Axes:
-    """Draw a histogram of configurations with labelled vertical marks (e.g. the uniform configurations)."""
+    """Draw a histogram of configurations with vertical marks, e.g. the uniform configurations, from low to high."""
     ax = ax or plt.gca()
-    ax.hist(values, bins=40, color=COLOURS["random"])
-    top = ax.get_ylim()[1]
-    for line, (label, value) in enumerate(sorted(marks.items(), key=lambda mark: mark[1])):
-        ax.axvline(value, color=COLOURS["evolved"], linewidth=1.2)
-        left = value < np.mean(ax.get_xlim())
-        place = {"xytext": (3 if left else -3, -2 - 10 * line), "ha": "left" if left else "right"}
-        ax.annotate(label, (value, top), **place, textcoords="offset points", va="top", color=COLOURS["evolved"])
+    ax.hist(values, bins=40, color=COLOURS["random"], alpha=0.6)
+    ordered = sorted(marks.items(), key=lambda mark: mark[1])
+    for (label, value), colour in zip(ordered, shades(len(marks)), strict=True):
+        ax.axvline(value, color=colour, linewidth=1.6, label=f"{label} ({value:.1f})")
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.1, 1))
     ax.set(xlabel=xlabel, ylabel="configurations")
     return ax
 
@@ -466,17 +464,20 @@ def plot_quality(table: pd.DataFrame, *, labelled: Sequence[str], ax: Axes | Non
         labelled: the proxies whose names are written beside their points.
         ax: axes to draw on.
     """
-    ax = ax or plt.gca()
+    from adjustText import adjust_text
+
+    ax, texts = ax or plt.gca(), []
     ax.set_xscale("log")
     for row in table.itertuples():
         colour, x = COLOURS.get(row.proxy, "#b0b0b0"), max(row.seconds, 1e-3)
         ax.plot([x, x], [row.lo, row.hi], color=colour, linewidth=1)
         ax.plot(x, row.rho100, "o", color=colour, markersize=5)
         if row.proxy in labelled:
-            place = {"xytext": (5, 3), "textcoords": "offset points", "fontsize": 7.5, "color": colour}
-            ax.annotate(row.proxy, (x, row.rho100), **place)
+            texts.append(ax.text(x, row.rho100, row.proxy, fontsize=7.5, color=colour))
     ax.set(xlabel="seconds", ylabel="rho on the held-out half")
     ax.margins(x=0.15)
+    points = table["seconds"].clip(lower=1e-3).to_numpy(), table["rho100"].to_numpy()
+    adjust_text(texts, *points, ax=ax, arrowprops={"arrowstyle": "-", "color": "#808080", "linewidth": 0.6})
     return ax
 
 
