@@ -127,7 +127,7 @@ show_table(pd.DataFrame(bits).rename_axis("layer").reset_index(), decimals=0)
 network = quantize_model(model, calibration, bits=bits[2.5])
 
 # %% [markdown]
-# Is it still good? Measure it on images that nobody chose anything on. `"brecq"` learns how to round, here with a hundred steps per block instead of the paper's 20,000.
+# Is it still good? Measure it on images that nobody chose anything on. `"brecq"` learns how to round, here with fifty steps per block instead of the paper's 20,000.
 
 # %%
 held_out, truth = stacked(test)
@@ -145,7 +145,7 @@ def accuracy(network: torch.nn.Module) -> dict[str, float]:
     }
 
 
-quiet = {"settings": Settings(100, 50), "verbose": False}
+quiet = {"settings": Settings(50, 25), "verbose": False}
 tried = {
     "float": model,
     "uniform 3": quantize_model(model, calibration, default=3, **quiet),
