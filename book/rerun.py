@@ -52,13 +52,13 @@ if repository_address():
 # random. The line that made a page stands at its top.
 #
 # ```bash
-# make pages                                        # build these pages from the outputs that are there
-# make book PROFILE=digits-resnet8                  # execute every chapter on a study, then build
-# make book PROFILE=digits-resnet8 REBUILD=1        # compute the study first
-# make book PROFILE=digits-resnet8 REBUILD=1 SEED=1 # the same with another draw, beside the published study
+# make pages                                         # from the outputs that are there
+# make book PROFILE=digits-resnet8                   # execute every chapter first
+# make book PROFILE=digits-resnet8 REBUILD=1         # compute the study before
+# make book PROFILE=digits-resnet8 REBUILD=1 SEED=1  # with another draw
 # ```
 #
-# The pages go to `_build/<profile>/html`. A study with another seed goes to `_build/<profile>/studies-seed-<seed>`; the published one stays
+# All of them build these pages, and they go to `_build/<profile>/html`. A study with another seed goes to `_build/<profile>/studies-seed-<seed>`; the published one stays
 # as it is. `make help` lists the rest.
 #
 # ## What a chapter costs
@@ -66,7 +66,8 @@ if repository_address():
 # Seconds and peak memory of each chapter on the published tables, measured when its outputs were made:
 
 # %%
-show_table(read_costs(), decimals=1)
+units = {"memory": "memory (GiB)", "gpu_memory": "GPU memory (GiB)"}
+show_table(read_costs().rename(columns=units), decimals=1)
 
 # %% [markdown]
 # ## What a study costs
