@@ -53,7 +53,7 @@ from emq_lib.costs import gather
 from emq_lib.datasets import load_dataset
 from emq_lib.models import fold_batchnorm, layer_table, predict, top1
 from emq_lib.palette import PLAIN
-from emq_lib.profiles import QUANTIZERS, get_profile, profile_names
+from emq_lib.profiles import QUANTIZERS, profile_names
 from emq_lib.report import (
     plot_by_bits,
     plot_histogram,
@@ -87,7 +87,7 @@ if chapter.rebuild:
 # scikit-learn's handwritten digits, upsampled to 16 x 16 pixels.
 
 # %%
-digits = get_profile("digits-resnet8")
+digits = chapter.study("digits-resnet8")
 data = load_dataset(digits)
 network = training.train(digits, data).model
 chapter.claim(
@@ -763,7 +763,7 @@ chapter.claim(
 # %% slideshow={"slide_type": "-"}
 studies = [
     bench.Bench.load(profile)
-    for profile in map(get_profile, profile_names())
+    for profile in map(chapter.study, profile_names())
     if bench.has_study(profile, "bench.parquet")
     and profile.choices == chapter.profile.choices
 ]

@@ -53,7 +53,7 @@ from emq_lib.datasets import load_dataset
 from emq_lib.heldout import build_heldout, load_heldout, load_tables
 from emq_lib.models import fold_batchnorm, load_checkpoint
 from emq_lib.palette import COLOURS, PLAIN
-from emq_lib.profiles import QUANTIZERS, get_profile, profile_names
+from emq_lib.profiles import QUANTIZERS, profile_names
 from emq_lib.quantizers import fake_quantize
 from emq_lib.report import (
     plot_forest,
@@ -89,7 +89,7 @@ if chapter.rebuild:
 # network, the error first:
 
 # %%
-digits = get_profile("digits-resnet8")
+digits = chapter.study("digits-resnet8")
 data = load_dataset(digits)
 model = fold_batchnorm(
     load_checkpoint(digits, checked_path(digits, "model.safetensors"))
@@ -505,13 +505,13 @@ chapter.claim(
 studies = [
     name
     for name in profile_names()
-    if has_study(get_profile(name), "heldout.csv")
+    if has_study(chapter.study(name), "heldout.csv")
 ]
 tasks = {
     f"{name}, {quantizer}": found
     for name in studies
     for quantizer in QUANTIZERS
-    if len(found := load_heldout(get_profile(name), quantizer))
+    if len(found := load_heldout(chapter.study(name), quantizer))
 }
 common = [name for name in measured["proxy"] if "oracle" not in name]
 listed = [*common, "additive oracle", "pairwise oracle", "noise ceiling"]

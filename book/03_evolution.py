@@ -49,7 +49,7 @@ from emq_lib.bench import Bench, has_study
 from emq_lib.heldout import build_heldout, load_heldout, load_tables
 from emq_lib.layer_statistics import load_statistics
 from emq_lib.palette import COLOURS
-from emq_lib.profiles import get_profile, profile_names
+from emq_lib.profiles import profile_names
 from emq_lib.proxies import score, score_table
 from emq_lib.report import (
     difference_of_means,
@@ -73,7 +73,7 @@ if chapter.rebuild:
     experiments.build_evolution(chapter.profile)
     experiments.build_enumeration(chapter.profile)
     others = [
-        get_profile(name)
+        chapter.study(name)
         for name in profile_names()
         if name != chapter.profile.name
     ]
@@ -93,7 +93,7 @@ if chapter.rebuild:
 # $E_b$ of one layer, square it, average, and change the sign: more error, lower score.
 
 # %%
-digits = get_profile("digits-resnet8")
+digits = chapter.study("digits-resnet8")
 statistics = load_statistics(digits)
 error = statistics.errors[0]  # (choices, channels, weights per channel)
 by_hand = [
@@ -1038,9 +1038,9 @@ plt.show()
 
 # %%
 studies = {
-    name: get_profile(name)
+    name: chapter.study(name)
     for name in profile_names()
-    if has_study(get_profile(name), "evolution.jsonl", "heldout.csv")
+    if has_study(chapter.study(name), "evolution.jsonl", "heldout.csv")
 }
 found = {
     name: load_heldout(profile).set_index("proxy")

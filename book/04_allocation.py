@@ -47,7 +47,7 @@ from emq_lib.costs import CostTable, average_bits_cost, gather
 from emq_lib.datasets import load_dataset
 from emq_lib.errors import InfeasibleBudgetError
 from emq_lib.heldout import load_heldout, load_searched, load_tables
-from emq_lib.profiles import get_profile, profile_names
+from emq_lib.profiles import profile_names
 from emq_lib.proxies import load_proxies, score
 from emq_lib.ranking import sampling_interval
 from emq_lib.report import (
@@ -547,7 +547,7 @@ chapter.claim(
 # layers at a time while that helps. Nothing proves its answer. On the digits all configurations can be tried, and there it finds the best one:
 
 # %%
-digits = get_profile("digits-resnet8")
+digits = chapter.study("digits-resnet8")
 matrix = load_proxies(digits)[1]["CLADO"]["table"]
 small = bench.Bench.load(digits).cost("size")
 limit = allocation.budget_for_average_bits(2.5, small, digits.choices)
@@ -680,9 +680,9 @@ for key, measure in (
 
 # %%
 studies = {
-    name: get_profile(name)
+    name: chapter.study(name)
     for name in profile_names()
-    if has_study(get_profile(name), "quantization.csv", "searches.csv")
+    if has_study(chapter.study(name), "quantization.csv", "searches.csv")
 }
 
 

@@ -58,7 +58,7 @@ from emq_lib.models import (
     predict,
     top1,
 )
-from emq_lib.profiles import get_profile, profile_names
+from emq_lib.profiles import profile_names
 from emq_lib.qat import QatRecipe
 from emq_lib.report import (
     plot_dots,
@@ -174,7 +174,7 @@ chapter.claim(
 # of the inputs, and layers that stay in floating point.
 
 # %%
-digits = get_profile("digits-resnet8")
+digits = chapter.study("digits-resnet8")
 data = load_dataset(digits)
 network, _ = load_network(digits, data)
 expected = predict(network.select((4, 3, 3, 2, 3, 4)), data.test)
@@ -587,7 +587,7 @@ show_table(
 # %%
 rows = []
 for study in profile_names():
-    other = get_profile(study)
+    other = chapter.study(study)
     if has_study(other, comparison.FILE):
         table_of = comparison.load_comparison(other)
         found = comparison.compare_methods(
@@ -627,7 +627,7 @@ show_table(pd.DataFrame(rows))
 # convolutions in reading order, shortcuts included: the network that is then trained is larger than the one that is reported.
 
 # %%
-imagenet = get_profile("imagenet-resnet18")
+imagenet = chapter.study("imagenet-resnet18")
 twenty = layer_table(build_model(imagenet).eval(), imagenet)
 weights_of = dict(zip(twenty["name"], twenty["parameters"], strict=True))
 slots_of = [name for name in weights_of if "downsample" not in name]

@@ -46,7 +46,6 @@ from emq_lib.bench import Bench
 from emq_lib.datasets import load_dataset
 from emq_lib.heldout import load_heldout
 from emq_lib.layer_statistics import load_statistics
-from emq_lib.profiles import get_profile
 from emq_lib.report import (
     plot_forest,
     show_source,
@@ -253,7 +252,7 @@ show_table(
 # branches as they are computed:
 
 # %%
-digits = get_profile("digits-resnet8")
+digits = chapter.study("digits-resnet8")
 own = load_statistics(digits)
 table = proxies.score_table("EMQ", own)
 roots = [w.double().clamp(min=0).sqrt().mean().item() for w in own.weights]

@@ -45,13 +45,13 @@ SEED: int = 0  # another number: another draw of all that is random
 from emq_lib.artefacts import read_manifest
 from emq_lib.bench import has_study
 from emq_lib.cards import describe
-from emq_lib.profiles import get_profile, profile_names
+from emq_lib.profiles import profile_names
 from emq_lib.report import show_table, start_chapter
 
 chapter = start_chapter("data_cards", PROFILE, REBUILD, SEED)
 
 # %%
-profiles = map(get_profile, profile_names())
+profiles = map(chapter.study, profile_names())
 studies = [
     profile for profile in profiles if has_study(profile, "bench.parquet")
 ]
@@ -68,7 +68,7 @@ chapter.claim(
 # The study that runs live in every chapter: small enough for a laptop, no images to fetch.
 
 # %% tags=["hide-input"]
-show_table(describe(get_profile("digits-resnet8")))
+show_table(describe(chapter.study("digits-resnet8")))
 
 # %% [markdown]
 # ## cifar10-resnet20
@@ -76,7 +76,7 @@ show_table(describe(get_profile("digits-resnet8")))
 # The book's main study: the smallest of the residual networks that its authors drew for CIFAR-10 {cite:p}`resnet`.
 
 # %% tags=["hide-input"]
-show_table(describe(get_profile("cifar10-resnet20")))
+show_table(describe(chapter.study("cifar10-resnet20")))
 
 # %% [markdown]
 # ## cifar10-resnet18
@@ -86,7 +86,7 @@ show_table(describe(get_profile("cifar10-resnet20")))
 # convolution.
 
 # %% tags=["hide-input"]
-show_table(describe(get_profile("cifar10-resnet18")))
+show_table(describe(chapter.study("cifar10-resnet18")))
 
 # %% [markdown]
 # ## cifar10-mobilenetv2
@@ -94,7 +94,7 @@ show_table(describe(get_profile("cifar10-resnet18")))
 # The paper's second family, inverted residuals with depthwise convolutions, at half width and with strides for small images.
 
 # %% tags=["hide-input"]
-show_table(describe(get_profile("cifar10-mobilenetv2")))
+show_table(describe(chapter.study("cifar10-mobilenetv2")))
 
 # %% [markdown]
 # ## cifar10-vit-tiny
@@ -102,7 +102,7 @@ show_table(describe(get_profile("cifar10-mobilenetv2")))
 # A family that the paper does not have: a vision transformer of six blocks on patches of 4 x 4 pixels.
 
 # %% tags=["hide-input"]
-show_table(describe(get_profile("cifar10-vit-tiny")))
+show_table(describe(chapter.study("cifar10-vit-tiny")))
 
 # %% [markdown]
 # ## imagenet-resnet18
@@ -111,7 +111,7 @@ show_table(describe(get_profile("cifar10-vit-tiny")))
 # `imagenet/val/<class>/`.
 
 # %% tags=["hide-input"]
-show_table(describe(get_profile("imagenet-resnet18")))
+show_table(describe(chapter.study("imagenet-resnet18")))
 
 # %% [markdown]
 # ## imagenet-resnet50
@@ -119,7 +119,7 @@ show_table(describe(get_profile("imagenet-resnet18")))
 # As above, deeper.
 
 # %% tags=["hide-input"]
-show_table(describe(get_profile("imagenet-resnet50")))
+show_table(describe(chapter.study("imagenet-resnet50")))
 
 # %% [markdown]
 # ## imagenet-mobilenetv2
@@ -127,4 +127,4 @@ show_table(describe(get_profile("imagenet-resnet50")))
 # As above, with depthwise convolutions.
 
 # %% tags=["hide-input"]
-show_table(describe(get_profile("imagenet-mobilenetv2")))
+show_table(describe(chapter.study("imagenet-mobilenetv2")))

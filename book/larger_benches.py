@@ -44,7 +44,7 @@ from emq_lib.artefacts import REPOSITORY
 from emq_lib.bench import sample_configs
 from emq_lib.measuring import planned_macs
 from emq_lib.models import build_model, fold_batchnorm, layer_table
-from emq_lib.profiles import Profile, get_profile
+from emq_lib.profiles import Profile
 from emq_lib.report import (
     plot_growth,
     plot_sizes,
@@ -143,7 +143,7 @@ def network_of(profile: Profile) -> tuple[GraphModule, pd.DataFrame]:
 
 def planned(name: str, count: int) -> int:
     """Multiply-accumulates of this many random configurations, for one image."""
-    profile = get_profile(name)
+    profile = chapter.study(name)
     model, layers = network_of(profile)
     rng, slots = profile.rng("benchmark"), layers["slot"].max() + 1
     drawn = sample_configs(slots, profile.choices, count, rng=rng)

@@ -39,7 +39,6 @@ import torch.nn.functional as F
 from emq_lib import export
 from emq_lib.block_reconstruction import Settings
 from emq_lib.datasets import load_dataset
-from emq_lib.profiles import get_profile
 from emq_lib.quantization import choose_bits, quantize_model
 from emq_lib.report import show_table, start_chapter
 from PIL import Image
@@ -64,7 +63,7 @@ folder = pathlib.Path(tempfile.mkdtemp())
 # ```
 
 # %% tags=["hide-input"]
-digits = load_dataset(get_profile("digits-resnet8"))
+digits = load_dataset(chapter.study("digits-resnet8"))
 for part, split in (("train", digits.train), ("test", digits.test)):
     pairs = zip(split.images, split.labels.tolist(), strict=True)
     for number, (image, label) in enumerate(pairs):

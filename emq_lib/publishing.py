@@ -228,6 +228,15 @@ def read_source(name: str) -> nbformat.NotebookNode:
     return notebook
 
 
+def _link_other_studies(root: pathlib.Path, own: str) -> None:
+    """Put links to the published studies beside the one that is to be made there: chapters look at several."""
+    root.mkdir(parents=True, exist_ok=True)
+    for published in (REPOSITORY / "data").iterdir():
+        place = root / published.name
+        if published.is_dir() and published.name != own and not place.exists():
+            place.symlink_to(published, target_is_directory=True)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m emq_lib.publishing", description=__doc__)
@@ -241,6 +250,8 @@ def main(arguments: list[str] | None = None) -> int:
     choices["study_root"] = build / f"studies-seed-{options.seed}" if options.seed else None
     try:
         get_profile(options.profile)
+        if options.seed:
+            _link_other_studies(choices["study_root"], options.profile)
         if options.action == "student":
             print(*write_student_copies(REPOSITORY / "_build" / "student"), sep="\n")
             return 0

@@ -43,6 +43,14 @@ class Chapter:
         """Whether this is the study that the text speaks of: another one, or another seed, may find otherwise."""
         return self.profile == get_profile(PRINTED)
 
+    def study(self, name: str) -> Profile:
+        """Return the profile of that name, with the chapter's own seed if it is the chapter's study.
+
+        Raises:
+            UnknownProfileError: no such profile.
+        """
+        return self.profile if name == self.profile.name else get_profile(name)
+
     @property
     def ledger(self) -> pathlib.Path:
         """File that takes this chapter's claims."""

@@ -15,6 +15,8 @@ from packaging.utils import canonicalize_name
 
 from emq_lib import publishing, report
 from emq_lib.artefacts import REPOSITORY
+from emq_lib.bench import has_study
+from emq_lib.profiles import get_profile
 
 CHAPTERS = publishing.chapter_names()
 
@@ -111,3 +113,11 @@ def test_sources_shown_on_pages_are_those_of_the_library(name):
 def test_an_unknown_profile_ends_with_its_name_and_no_traceback(capsys):
     assert publishing.main(["book", "--profile", "nope"]) == 2
     assert "error: Unknown profile 'nope'. Known profiles" in capsys.readouterr().err
+
+
+def test_a_study_with_another_seed_finds_the_published_ones_beside_it(tmp_path, monkeypatch):
+    publishing._link_other_studies(tmp_path, "digits-resnet8")
+    publishing._link_other_studies(tmp_path, "digits-resnet8")  # a second run finds them there
+    monkeypatch.setenv("EMQ_STUDY_ROOT", str(tmp_path))
+    assert has_study(get_profile("cifar10-resnet20"), "bench.parquet")
+    assert not has_study(get_profile("digits-resnet8"), "bench.parquet")

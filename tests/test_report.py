@@ -4,6 +4,7 @@ import pytest
 
 from emq_lib import report
 from emq_lib.errors import ClaimError, InvalidParameterError, UnknownProfileError
+from emq_lib.profiles import get_profile
 
 
 @pytest.fixture
@@ -55,6 +56,13 @@ def test_a_claim_that_does_not_hold_stops_the_chapter(chapter, value):
 )
 def test_findings_are_expected_of_the_printed_study_only(profile, seed, printed):
     assert report.start_chapter("test", profile, rebuild=seed > 0, seed=seed).as_printed == printed
+
+
+def test_a_chapter_sees_its_own_study_with_its_own_seed_and_the_others_as_published():
+    chapter = report.start_chapter("test", "digits-resnet8", rebuild=True, seed=3)
+    assert chapter.study("digits-resnet8") is chapter.profile
+    assert chapter.study("digits-resnet8").seed == get_profile("digits-resnet8").seed + 3
+    assert chapter.study("cifar10-resnet20") == get_profile("cifar10-resnet20")
 
 
 def test_bounds_by_profile_bind_that_profile_only(chapter):
