@@ -202,10 +202,11 @@ def build_comparison(
         with atomic_path(folder / FILE) as path:
             table.to_parquet(path, index=False, compression="zstd")
         command = f"emq_lib.comparison.build_comparison on {profile.name}"
-        note = (
-            f"brecq: {settings.iterations} steps per block for weights, {settings.activation_iterations} for inputs; "
-            f"qat: {epochs} epochs"
-        )
+        spent = {
+            RECONSTRUCTED: f"{settings.iterations} steps per block for weights, {settings.activation_iterations} for inputs",
+            TRAINED: f"{epochs} epochs",
+        }
+        note = "; ".join(f"{quantizer}: {what}" for quantizer, what in spent.items() if quantizer in quantizers)
         record(profile, FILE, command=command, seconds=time.perf_counter() - started, rows=len(table), note=note)
         for name in (PARTIAL, measuring.PARTIAL):
             (folder / name).unlink(missing_ok=True)
