@@ -203,7 +203,7 @@ def build_comparison(
             table.to_parquet(path, index=False, compression="zstd")
         command = f"emq_lib.comparison.build_comparison on {profile.name}"
         spent = {
-            RECONSTRUCTED: f"{settings.iterations} steps per block for weights, {settings.activation_iterations} for inputs",
+            RECONSTRUCTED: f"{settings.iterations} steps per block, {settings.activation_iterations} for its inputs",
             TRAINED: f"{epochs} epochs",
         }
         note = "; ".join(f"{quantizer}: {what}" for quantizer, what in spent.items() if quantizer in quantizers)
