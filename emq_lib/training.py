@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import multiprocessing
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -116,7 +117,8 @@ def run_epochs(
             part.load_state_dict(state[name])
         generator.set_state(state["generator"])
         results, seconds = state["results"], state["seconds"]
-    for _ in tqdm(range(len(results), epochs), initial=len(results), total=epochs, desc="epochs"):
+    among_others = multiprocessing.parent_process() is not None  # whose bars would be mixed up
+    for _ in tqdm(range(len(results), epochs), initial=len(results), total=epochs, desc="epochs", disable=among_others):
         started = time.perf_counter()
         results.append(epoch(results))
         seconds += time.perf_counter() - started
