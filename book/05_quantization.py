@@ -25,7 +25,7 @@
 # | you need | |
 # |---|---|
 # | earlier chapters | 04 |
-# | files read | `model.safetensors`, `layers.csv`, `quantization.csv`, `comparison.parquet`, `runtimes.csv` of the study; `comparison.parquet` of the others |
+# | files read | `model.safetensors`, `layers.csv`, `quantization.csv`, `comparison.parquet`, `runtimes.csv` of the study; `comparison.parquet` of the others; `benchmarks/reconstruction.json` |
 # | with `REBUILD = True` | reconstructs, trains and times, too (manifest in chapter 01) |
 
 # %% tags=["parameters"]
@@ -35,6 +35,7 @@ SEED: int = 0  # another number: another draw of all that is random
 
 # %% tags=["hide-input"]
 import dataclasses
+import json
 import pathlib
 import tempfile
 
@@ -44,9 +45,14 @@ import onnxruntime
 import pandas as pd
 import torch
 from emq_lib import comparison, export, quantization, quantizers, runtimes
-from emq_lib.artefacts import checked_path, read_facts, read_manifest
+from emq_lib.artefacts import (
+    REPOSITORY,
+    checked_path,
+    read_facts,
+    read_manifest,
+)
 from emq_lib.bench import has_study, load_layers, parse_bits
-from emq_lib.block_reconstruction import LAPTOP
+from emq_lib.block_reconstruction import LAPTOP, PAPER
 from emq_lib.datasets import load_dataset
 from emq_lib.errors import InvalidParameterError
 from emq_lib.measuring import load_network
@@ -578,6 +584,33 @@ show_table(
     .set_axis(["median (s)", "longest (s)", "networks"], axis=1)
     .reset_index(),
     decimals=1,
+)
+
+# %%
+plain = json.loads(
+    (REPOSITORY / "benchmarks" / "reconstruction.json").read_text()
+)["cifar10-resnet20"]
+chapter.claim(
+    "reconstruction_ratio",
+    "Reconstruction is {:.1f} times as fast as a plain loop that runs both networks from the images in every step.",
+    plain["ratio"],
+    within=(1, 100),
+)
+
+# %%
+chapter.claim(
+    "same_roundings",
+    "On the same batches both round {:.1f} % of the weights of cifar10-resnet20 alike.",
+    100 * plain["same roundings"],
+    within=(98, 100),
+)
+
+# %%
+chapter.claim(
+    "paper_hours",
+    f"With the {PAPER.iterations:,} steps per block of its paper it would take {{:.1f}} hours on two cores, weights only.",
+    plain["predicted hours at the paper's iterations"]["ours"],
+    within=(0.01, 100),
 )
 
 # %% [markdown]
