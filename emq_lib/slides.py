@@ -115,7 +115,11 @@ def _shown(cell: NotebookNode, kind: str, values: dict[str, float], works: Bibli
         cell.source = _resolved(cell.source, values, works)
         return cell
     cell.metadata["transient"] = {"remove_source": CODE not in cell.metadata.get("tags", [])}
-    cell.outputs = [output for output in cell.outputs if "scrapbook" not in output.get("metadata", {})]
+    cell.outputs = [
+        output
+        for output in cell.outputs
+        if "scrapbook" not in output.get("metadata", {}) and output.get("name") != "stderr"
+    ]
     if figure := cell.metadata.get("mystnb"):
         (output,) = [output for output in cell.outputs if "image/png" in output.get("data", {})]
         alt, image = html.escape(figure["image"]["alt"]), output.data["image/png"].strip()

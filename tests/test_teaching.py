@@ -97,6 +97,14 @@ def test_a_slide_without_a_heading_gets_that_of_its_section():
     assert deck.metadata.title == "Title"
 
 
+def test_progress_and_warnings_are_not_on_a_slide():
+    notebook = a_notebook("Text.", slideshow={"slide_type": "slide"})
+    code = nbformat.v4.new_code_cell("print(1)", metadata={"slideshow": {"slide_type": "-"}})
+    code.outputs = [nbformat.v4.new_output("stream", name=name, text="1") for name in ("stderr", "stdout")]
+    notebook.cells.append(code)
+    assert [output.name for output in slides.make_deck(notebook, works=None).cells[-1].outputs] == ["stdout"]
+
+
 def test_slides_of_unmarked_cells_or_of_numbers_that_were_not_glued_are_refused():
     with pytest.raises(slides.SlidesError, match="No cell is marked"):
         slides.make_deck(a_notebook("Text."), works=None)
