@@ -72,6 +72,7 @@ from emq_lib.report import (
     show_source,
     show_table,
     start_chapter,
+    with_interval,
 )
 from scipy.stats import binomtest, norm
 
@@ -414,11 +415,13 @@ names = {
 order = [*comparison.COMPARED, comparison.BEST_OF_RANDOM]
 
 
-def with_ends(found, lowest=-np.inf, highest=np.inf):
-    """Return a mean with its interval as text."""
-    ends = np.clip([found.lo, found.hi], lowest, highest)
-    text = f"{found.value:.1f} [{ends[0]:.1f}, {ends[1]:.1f}]"
-    return text.replace("-0.0", "0.0")
+ends = ["value", "lo", "hi"]
+
+
+def as_texts(found):
+    """Return means with their intervals as texts; what rounds to zero has no sign."""
+    rounded = found[ends].round(1) + 0.0
+    return with_interval(rounded, "value", "lo", "hi", decimals=1)
 
 
 def show_by_budget(texts):
@@ -431,7 +434,9 @@ def show_by_budget(texts):
             show_table(wide.reset_index())
 
 
-show_by_budget(means.map(lambda mean: with_ends(mean, 0, 100)))
+estimates = pd.DataFrame(map(dataclasses.asdict, means), index=means.index)
+shown = as_texts(estimates[ends].clip(0, 100))
+show_by_budget(pd.Series(shown, index=means.index))
 
 # %% slideshow={"slide_type": "slide"} tags=["hide-input"] mystnb={"figure": {"caption": "Top-1 on images that no search has seen, against average bits, one panel per quantizer; the dashed line is the float network. Rounding to nearest parts the methods, reconstruction brings them together.", "name": "fig-05-2"}, "image": {"alt": "Three panels of curves that rise with average bits; they lie far apart when weights are rounded to nearest and close together, near the float network, after reconstruction."}}
 plot_quantizers(
@@ -518,8 +523,8 @@ chapter.claim(
 
 # %%
 marked = [
-    with_ends(row) + ("*" if row.holm < 0.05 else "")
-    for row in versus.itertuples()
+    text + ("*" if p < 0.05 else "")
+    for text, p in zip(as_texts(versus), versus["holm"], strict=True)
 ]
 show_by_budget(pd.Series(marked, index=versus.index))
 
@@ -647,11 +652,15 @@ for study in profile_names():
                         "quantizer": names[quantizer],
                         "bits": average,
                         "against": row.name,
-                        "points": with_ends(row),
-                        "seeds": int(row["seeds"]),
+                        **row[["value", "lo", "hi", "seeds"]],
                     }
                 )
-show_table(pd.DataFrame(rows))
+differences = pd.DataFrame(rows).astype({"seeds": int})
+show_table(
+    differences.assign(points=as_texts(differences))[
+        ["study", "quantizer", "bits", "against", "points", "seeds"]
+    ]
+)
 
 # %% [markdown]
 # ## What the paper reports

@@ -146,8 +146,8 @@ def build_comparison(
     """Quantize every method's choice by every quantizer from several seeds; write ``comparison.parquet``.
 
     A seed draws the calibration images (seed 0: the study's), the batches of reconstruction, and the random
-    configuration. Can be interrupted and called again; rows of an earlier table that
-    still hold are taken over, so that more seeds or quantizers extend it.
+    configuration. Can be interrupted and called again; rows of an earlier table that still hold are taken over, so that
+    more seeds or quantizers extend it.
 
     Args:
         profile: the study; ``quantization.csv`` must exist.

@@ -153,10 +153,7 @@ def load_network(path: pathlib.Path | str, model: torch.nn.Module) -> QuantizedN
         folded.load_state_dict(state)
     except RuntimeError as error:
         raise InvalidParameterError(f"{path} is of another architecture ({error}).") from error
-    bits = {name: weight.bits for name, weight in packed.weights.items()}
-    entries = {(name, weight.bits): weight for name, weight in packed.weights.items()}
-    bank = WeightBank(tuple(sorted(set(bits.values()))), tuple(bits), tuple(range(len(bits))), (), entries)
-    return QuantizedNetwork(folded, bank, packed.inputs).select(tuple(bits.values()))
+    return QuantizedNetwork(folded, WeightBank.of(packed.weights), packed.inputs)
 
 
 def payload_bytes(

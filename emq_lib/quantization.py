@@ -92,9 +92,7 @@ def quantize_model(
         raise InvalidParameterError(f"unknown method {method!r}; there are {', '.join(METHODS)}.")
     if method == "qat" and training is None:
         raise InvalidParameterError('"qat" trains the network: pass the images and labels as training=Split(...).')
-    images = calibration if isinstance(calibration, Split) else Inputs(calibration)
-    folded = _traced(model)
-    example = _example(folded, images)
+    folded, images, example = _prepared(model, calibration)
     plan = plan_bits(folded, example, bits=bits, default=default, ends=ends, activation_bits=activation_bits)
     if verbose:
         print(plan)
@@ -111,12 +109,11 @@ def quantize_model(
         return reconstruct_in_order(folded, layers, config, images, ranges, generator=generator, settings=settings)
     original = {name: folded.get_submodule(name).weight for name in plan.bits}
     if method == "rtn":
-        weights = {(name, width): quantize(original[name], width) for name, width in plan.bits.items()}
+        weights = {name: quantize(original[name], width) for name, width in plan.bits.items()}
     else:
         moments = second_moments(folded, list(plan.bits), images)
-        weights = {(name, width): adaround(original[name], width, moments[name]) for name, width in plan.bits.items()}
-    bank = WeightBank(tuple(sorted(set(config))), tuple(plan.bits), tuple(range(len(config))), (), weights)
-    return QuantizedNetwork(folded, bank, ranges).select(config)
+        weights = {name: adaround(original[name], width, moments[name]) for name, width in plan.bits.items()}
+    return QuantizedNetwork(folded, WeightBank.of(weights), ranges)
 
 
 def choose_bits(
@@ -147,9 +144,8 @@ def choose_bits(
         InvalidParameterError, UnsupportedModelError: see :func:`quantize_model`.
         InfeasibleBudgetError: fewer bits than the smallest choice.
     """
-    images = calibration if isinstance(calibration, Split) else Inputs(calibration)
-    folded = _traced(model)
-    table = plan_bits(folded, _example(folded, images), default=max(choices), ends=ends).layers
+    folded, images, example = _prepared(model, calibration)
+    table = plan_bits(folded, example, default=max(choices), ends=ends).layers
     free = table["rule"] != "ends"
     names = list(table.loc[free, "name"])
     layers = table.assign(searchable=free, slot=free.cumsum() - 1, pinned_bits=table["bits"])
@@ -160,6 +156,15 @@ def choose_bits(
     scores = -divergences(*one_slot_logits(folded, [(name,) for name in names], rounded, images))
     found = allocate(scores, {"size": size}, {"size": budget}, choices, layers=names, time_limit=PATIENCE)
     return dict(zip(names, found.bits, strict=True))
+
+
+def _prepared(
+    model: nn.Module, calibration: torch.Tensor | Split
+) -> tuple[torch.fx.GraphModule, Split | Inputs, torch.Tensor]:
+    """Return a folded copy of the network, its calibration images, and one input that it takes."""
+    images = calibration if isinstance(calibration, Split) else Inputs(calibration)
+    folded = _traced(model)
+    return folded, images, _example(folded, images)
 
 
 def _traced(model: nn.Module) -> torch.fx.GraphModule:

@@ -132,6 +132,17 @@ class WeightBank:
     pinned: tuple[tuple[str, int], ...]
     weights: Mapping[tuple[str, int], QuantizedWeight]
 
+    @classmethod
+    def of(cls, weights: Mapping[str, QuantizedWeight]) -> WeightBank:
+        """Return the bank that holds one configuration only: each layer at the bits that its weight has.
+
+        Args:
+            weights: layer name -> quantized weight, in forward order.
+        """
+        choices = tuple(sorted({weight.bits for weight in weights.values()}))
+        entries = {(name, weight.bits): weight for name, weight in weights.items()}
+        return cls(choices, tuple(weights), tuple(range(len(weights))), (), entries)
+
     @property
     def slot_count(self) -> int:
         """S, the length of a configuration."""
