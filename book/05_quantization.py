@@ -415,13 +415,10 @@ names = {
 order = [*comparison.COMPARED, comparison.BEST_OF_RANDOM]
 
 
-ends = ["value", "lo", "hi"]
-
-
 def as_texts(found):
     """Return means with their intervals as texts; what rounds to zero has no sign."""
-    rounded = found[ends].round(1) + 0.0
-    return with_interval(rounded, "value", "lo", "hi", decimals=1)
+    texts = with_interval(found, "value", "lo", "hi", decimals=1)
+    return [text.replace("-0.0", "0.0") for text in texts]
 
 
 def show_by_budget(texts):
@@ -435,7 +432,7 @@ def show_by_budget(texts):
 
 
 estimates = pd.DataFrame(map(dataclasses.asdict, means), index=means.index)
-shown = as_texts(estimates[ends].clip(0, 100))
+shown = as_texts(estimates[["value", "lo", "hi"]].clip(0, 100))
 show_by_budget(pd.Series(shown, index=means.index))
 
 # %% slideshow={"slide_type": "slide"} tags=["hide-input"] mystnb={"figure": {"caption": "Top-1 on images that no search has seen, against average bits, one panel per quantizer; the dashed line is the float network. Rounding to nearest parts the methods, reconstruction brings them together.", "name": "fig-05-2"}, "image": {"alt": "Three panels of curves that rise with average bits; they lie far apart when weights are rounded to nearest and close together, near the float network, after reconstruction."}}
