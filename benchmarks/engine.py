@@ -6,7 +6,7 @@ are compared.
 
     python benchmarks/engine.py --profile cifar10-resnet20
 
-writes ``benchmarks/engine.json``, one entry per profile and processor.
+writes ``benchmarks/engine.json``, one entry per profile, and with ``--device cuda`` one more for the GPU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import nn
 from emq_lib import bench, measuring, quantizers
 from emq_lib.artefacts import checked_path
 from emq_lib.datasets import Split, load_dataset
-from emq_lib.models import fold_batchnorm, layer_table, load_checkpoint, predict
+from emq_lib.models import layer_table, load_checkpoint, predict
 from emq_lib.profiles import get_profile
 
 RESULTS = pathlib.Path(__file__).with_suffix(".json")
@@ -41,13 +41,13 @@ def plain(profile, ranges: dict, split: Split, layers, configs: np.ndarray) -> n
     """Return the predicted classes (N, images), every configuration quantized and run from the start."""
     predicted = np.empty((len(configs), len(split)), dtype=np.int64)
     for row, config in enumerate(configs):
-        model = load_checkpoint(profile, checked_path(profile, "model.safetensors"))
+        model = load_checkpoint(profile, checked_path(profile, "model.safetensors")).to(split.images.device)
         for layer in layers.itertuples():
             bits = int(config[layer.slot]) if layer.searchable else layer.pinned_bits
             module = model.get_submodule(layer.name)
             module.weight.data = quantizers.fake_quantize(module.weight.data, bits)
             module.register_forward_pre_hook(_torchs_fake_quantize(ranges[layer.name]))
-        predicted[row] = predict(model, split).argmax(dim=1).numpy()
+        predicted[row] = predict(model, split).argmax(dim=1).cpu().numpy()
     return predicted
 
 
@@ -82,18 +82,20 @@ def timed(function: Callable, *arguments: object) -> tuple[float, np.ndarray]:
     return time.perf_counter() - started, result
 
 
-def run(name: str, *, images: int, configs: int, growth: tuple[int, ...], workers: int, repeats: int) -> dict:
-    """Check that both ways agree, time them in turn, and return what was measured."""
+def run(
+    name: str, device: str, *, images: int, configs: int, growth: tuple[int, ...], workers: int, repeats: int
+) -> dict:
+    """Check that both ways agree, time them in turn, and return what was measured; two workers on the CPU only."""
     profile = get_profile(name)
-    data = load_dataset(profile)
+    data = load_dataset(profile).to(device)
     split = data.test[:images]
-    model = fold_batchnorm(load_checkpoint(profile, checked_path(profile, "model.safetensors")))
+    model = measuring.load_folded(profile, device)
     layers = layer_table(model, profile)
     ranges = quantizers.choose_activation_ranges(model, layers, data.calibration, bits=profile.activation_bits)
     slots = layers["slot"].max() + 1
     drawn = bench.sample_configs(slots, profile.choices, max(configs, workers, *growth), rng=profile.rng("benchmark"))
     drawn = drawn[len(profile.choices) :]  # random ones only
-    few, labels = drawn[:configs], split.labels.numpy()
+    few, labels = drawn[:configs], split.labels.cpu().numpy()
     seconds: dict[str, list[float]] = {"plain": [], "engine": []}
     for _ in range(repeats):
         spent, predicted = timed(plain, profile, ranges, split, layers, few)
@@ -108,11 +110,7 @@ def run(name: str, *, images: int, configs: int, growth: tuple[int, ...], worker
     for count in growth:
         spent, _ = timed(engine, profile, data, split, drawn[:count])
         grown.append({"configurations": count, "seconds": spent, "peak memory so far in MiB": peak_memory()})
-    spent, correct = timed(engine, profile, data, split, drawn[:workers])
-    shared, distributed = two_workers(profile, data, split, drawn[:workers])
-    if not np.array_equal(correct, distributed):
-        raise SystemExit("Two workers give other answers than one process.")
-    return {
+    found = {
         "images": len(split),
         "configurations": configs,
         "answers that differ": differ,
@@ -121,10 +119,16 @@ def run(name: str, *, images: int, configs: int, growth: tuple[int, ...], worker
         "ratio": medians["plain"] / medians["engine"],
         "seconds of each repeat": seconds,
         "growth": grown,
-        "two workers": {"configurations": workers, "seconds": shared, "seconds of one process": spent},
         "MACs per image": int(layers["macs"].sum()),
         "layers": len(layers),
     }
+    if device == "cpu":
+        spent, correct = timed(engine, profile, data, split, drawn[:workers])
+        shared, distributed = two_workers(profile, data, split, drawn[:workers])
+        if not np.array_equal(correct, distributed):
+            raise SystemExit("Two workers give other answers than one process.")
+        found["two workers"] = {"configurations": workers, "seconds": shared, "seconds of one process": spent}
+    return found
 
 
 def peak_memory() -> float:
@@ -132,10 +136,10 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def hardware() -> dict[str, object]:
+def hardware(device: str = "cpu") -> dict[str, object]:
     """Describe the machine."""
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+        "device": processor() if device == "cpu" else torch.cuda.get_device_name(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
@@ -156,6 +160,7 @@ def main() -> None:
     """Run the benchmark and enter it into the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", default="digits-resnet8")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--images", type=int, default=1_000)
     parser.add_argument("--configs", type=int, default=32)
     parser.add_argument("--growth", type=int, nargs="*", default=(10, 100, 1_000))
@@ -163,12 +168,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     sizes = {name: getattr(options, name) for name in ("images", "configs", "workers", "repeats")}
-    found = run(options.profile, growth=tuple(options.growth), **sizes)
+    found = run(options.profile, options.device, growth=tuple(options.growth), **sizes)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results[options.profile] = found | {"hardware": hardware()}
+    name = options.profile if options.device == "cpu" else f"{options.profile} on a GPU"
+    results[name] = found | {"hardware": hardware(options.device)}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     rates = found["configurations per second"]
-    print(f"{options.profile}: {found['ratio']:.1f} x ({rates['engine']:.3f} against {rates['plain']:.3f} per second)")
+    print(f"{name}: {found['ratio']:.1f} x ({rates['engine']:.3f} against {rates['plain']:.3f} per second)")
     print(f"{found['answers that differ']} of {found['answers']} answers differ")
 
 

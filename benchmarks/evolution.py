@@ -129,7 +129,7 @@ def main() -> None:
         "against the released way": against_released_way(options.profile),
         "a thousand iterations": thousand_iterations(options.profile),
         "growth": {name: candidates_per_second(name, options.device) for name in benched},
-        "hardware": hardware(),
+        "hardware": hardware(options.device),
     }
     RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     print(json.dumps(results, indent=1))

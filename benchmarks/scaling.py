@@ -38,13 +38,14 @@ def run(name: str, configs: int) -> dict[str, object]:
     model = fold_batchnorm(build_model(profile))
     layers = layer_table(model, profile)
     macs = int(layers["macs"].sum())
-    count = int(min(1_000, max(measuring.BATCH, WORK // (macs * configs))))
+    count = int(min(1_000, max(measuring.BATCH["cpu"], WORK // (macs * configs))))
     images = torch.randint(256, (count, *INPUT_SHAPES[profile.dataset]), generator=torch.Generator().manual_seed(0))
     channels = images.shape[1]
     split = Split(images.byte(), torch.zeros(count).long(), torch.full((channels,), 0.5), torch.full((channels,), 0.25))
     started = time.perf_counter()
     bank = quantizers.build_weight_bank(model, layers, profile.choices)
-    ranges = quantizers.choose_activation_ranges(model, layers, split[: measuring.BATCH], bits=profile.activation_bits)
+    some = split[: measuring.BATCH["cpu"]]
+    ranges = quantizers.choose_activation_ranges(model, layers, some, bits=profile.activation_bits)
     network = quantizers.QuantizedNetwork(copy.deepcopy(model), bank, ranges)
     prepared = time.perf_counter() - started
     drawn = sample_configs(bank.slot_count, profile.choices, configs, rng=profile.rng("benchmark"))[-configs:]

@@ -73,7 +73,7 @@ show_table(
 # multiplies integers, and computes what neighbours share once:
 
 # %%
-show_source(measuring.measure)
+show_source(measuring._Engine)
 
 # %% [markdown]
 # Both answer on the same images in the same process, in turn. All preparation counts. An answer that differs is a value that

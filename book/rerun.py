@@ -104,6 +104,11 @@ show_table(rebuild, decimals=2)
 # bench.build_bench(profile, load_dataset(profile).to("cuda"))
 # ```
 #
+# Each piece of a network is then captured once at each of its bits as a CUDA graph and replayed, and nothing waits for an answer until a block of
+# configurations is under way. Integers of at most 11 bits are exact in TF32, so its sums are those of a processor; ranges found on float
+# activations are not, unless `torch.backends.cudnn.allow_tf32 = False`. No study of this book was computed on a GPU: what it runs was tested
+# step by step on a processor, and `make test` compares the answers image by image where there is a GPU.
+#
 # **A cluster.** Blocks of configurations are independent. Start `dask scheduler` on one machine and `dask worker tcp://...:8786` on the
 # others, each with this package installed, and name the scheduler; workers need no images and no files:
 #

@@ -2,8 +2,10 @@
 
 import collections
 import dataclasses
+import itertools
 import json
 import subprocess
+import types
 
 import numpy as np
 import pandas as pd
@@ -26,7 +28,7 @@ from emq_lib.errors import (
 )
 from emq_lib.models import fold_batchnorm, load_checkpoint, predict
 from emq_lib.profiles import get_profile, profile_names
-from emq_lib.quantizers import choose_activation_ranges, fake_quantize
+from emq_lib.quantizers import QuantizedNetwork, build_weight_bank, choose_activation_ranges, fake_quantize
 
 
 def test_sampled_configurations_are_distinct_valid_and_extend():
@@ -81,11 +83,56 @@ def test_less_memory_means_fewer_images_at_once_and_the_same_answers(study, prof
     seen = []
     next(iter(network.layers.values())).register_forward_hook(lambda _layer, inputs, _output: seen.append(len(*inputs)))
     widest = 8 * 16 * 16 * 4  # bytes that an image takes after the first layer
-    monkeypatch.setattr(measuring, "MEMORY", 3 * widest + widest // 2)
+    monkeypatch.setitem(measuring.MEMORY, "cpu", 3 * widest + widest // 2)
     ((little,),) = measuring.measure(network, data.test, config)
     assert max(seen) == 3
     np.testing.assert_array_equal(little.correct, plenty.correct)
     assert little.loss == pytest.approx(plenty.loss, rel=1e-12)
+
+
+def _same(found, expected):
+    """Check that two lists of measured blocks hold the same answers and losses."""
+    for ours, theirs in zip(itertools.chain(*found), itertools.chain(*expected), strict=True):
+        assert ours.config == theirs.config
+        np.testing.assert_array_equal(ours.correct, theirs.correct)
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
+
+
+def test_recorded_steps_give_the_same_answers(study, profile, data, monkeypatch):
+    """What a GPU does, with steps that are computed again instead of replayed."""
+    network, _ = measuring.load_network(profile, data)
+    configs = bench.sample_configs(6, profile.choices, 40, rng=np.random.default_rng(6))
+    expected = list(measuring.measure(network, data.test, configs))
+    recorded = []
+
+    def record(step, _another):
+        bits = {name: layer.bits for name, layer in network.layers.items()}
+        number = step.args[0]
+        recorded.append((number, tuple(bits[name] for name in network.pieces[number][1])))
+
+        def replay():
+            for name in network.pieces[number][1]:
+                network.layers[name].bits = bits[name]
+            step()
+
+        return types.SimpleNamespace(replay=replay)
+
+    monkeypatch.setattr(measuring, "_record", record)
+    engine = measuring._CapturedEngine(network, 100)  # the last batch is not a whole one
+    assert len(data.test) % 100
+    _same([engine.measure(data.test, block) for block in measuring._blocks(network, configs)], expected)
+    assert len(recorded) == len(set(recorded)) < 43 * len(network.pieces) / 2  # once each
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_same_answers(study, profile, data):
+    network, layers = measuring.load_network(profile, data)
+    folded = measuring.load_folded(profile, "cuda")
+    bank = build_weight_bank(folded, layers, profile.choices)
+    there = QuantizedNetwork(folded, bank, network.activation_ranges)
+    configs = bench.sample_configs(6, profile.choices, 40, rng=np.random.default_rng(6))
+    found = measuring.measure(there, data.test.to("cuda"), configs, batch_size=100)
+    _same(found, measuring.measure(network, data.test, configs))
 
 
 def test_the_planned_work_is_what_runs(study, profile, data):

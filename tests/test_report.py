@@ -1,5 +1,6 @@
 """Claims: stated only if they hold, entered into the ledger; chapters refuse bad parameters."""
 
+import pandas as pd
 import pytest
 
 from emq_lib import report
@@ -101,3 +102,11 @@ def test_a_chapter_says_which_line_made_it():
         "papermill book/02_proxies.ipynb _build/02_proxies.ipynb -p PROFILE digits-resnet8 -p REBUILD False -p SEED 0"
     )
     assert expected in line.splitlines()
+
+
+def test_the_same_table_gives_the_same_page(monkeypatch):
+    pages = []
+    monkeypatch.setattr(report, "display", lambda style: pages.append(style.to_html()))
+    for value in (2.5, 2.5, 3.5):
+        report.show_table(pd.DataFrame({"proxy": ["OMPQ"], "top1": [value]}))
+    assert pages[0] == pages[1] != pages[2]
