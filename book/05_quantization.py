@@ -623,7 +623,7 @@ chapter.claim(
 # The same on every study for which it was measured: the evolved choice against uniform 3 bits, and at each budget against whichever hand-made choice turned out best there. Points with 95 %
 # intervals, starred as above:
 
-# %%
+# %% tags=["hide-input"]
 parts = []
 for study in profile_names():
     other = chapter.study(study)
@@ -642,16 +642,12 @@ rows["against"] = np.where(rows["proxy"] == "uniform", "uniform", "hand-made")
 rows["against"] += rows["average_bits"].map(" at {:g} bits".format)
 rows["points"] = as_texts(rows) + rows["star"]
 rows.loc[rows["proxy"] != "uniform", "points"] += " " + rows["proxy"]
-columns = rows.sort_values("average_bits", kind="stable")["against"].unique()
+rows["quantizer"] = rows["quantizer"].map(names)
+rows["study"] += rows["seeds"].map(", seeds: {:.0f}".format)
 wide = rows.pivot(
-    index=["study", "quantizer", "seeds"], columns="against", values="points"
+    index=["study", "quantizer"], columns="against", values="points"
 )
-show_table(
-    wide.loc[:, sorted(columns, key=lambda name: name[0] != "u")]
-    .fillna("–")
-    .rename(index=names, level="quantizer")
-    .reset_index()
-)
+show_table(wide.fillna("–").reset_index())
 
 # %%
 gain = uniform.query("quantizer == 'rtn'").nlargest(1, "value").squeeze()

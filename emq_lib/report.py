@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from IPython.display import Markdown, display
+from IPython.display import HTML, Markdown, display
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -216,7 +216,8 @@ def show_table(table: pd.DataFrame, *, decimals: int = 2) -> None:
     name = hashlib.blake2b(table.to_csv().encode(), digest_size=4).hexdigest()  # the same table, the same page
     style = table.style.set_uuid(name).format(precision=decimals, na_rep="–").hide(axis="index")
     headings = {name: [{"selector": "th", "props": [("text-align", "left")]}] for name in texts}
-    display(style.set_properties(subset=texts, **prose).set_table_styles(headings, overwrite=False))
+    style.set_properties(subset=texts, **prose).set_table_styles(headings, overwrite=False)
+    display(HTML(style.to_html()))
 
 
 def plot_histogram(values: np.ndarray, marks: Mapping[str, float], *, xlabel: str, ax: Axes | None = None) -> Axes:

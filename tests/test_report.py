@@ -106,7 +106,7 @@ def test_a_chapter_says_which_line_made_it():
 
 def test_the_same_table_gives_the_same_page(monkeypatch):
     pages = []
-    monkeypatch.setattr(report, "display", lambda style: pages.append(style.to_html()))
+    monkeypatch.setattr(report, "display", lambda shown: pages.append(shown.data))
     for value in (2.5, 2.5, 3.5):
         report.show_table(pd.DataFrame({"proxy": ["OMPQ"], "top1": [value]}))
     assert pages[0] == pages[1] != pages[2]
