@@ -642,11 +642,9 @@ rows["against"] = np.where(rows["proxy"] == "uniform", "uniform", "hand-made")
 rows["against"] += rows["average_bits"].map(" at {:g} bits".format)
 rows["points"] = as_texts(rows) + rows["star"]
 rows.loc[rows["proxy"] != "uniform", "points"] += " " + rows["proxy"]
-rows["quantizer"] = rows["quantizer"].map(names)
-rows["study"] += rows["seeds"].map(", seeds: {:.0f}".format)
-wide = rows.pivot(
-    index=["study", "quantizer"], columns="against", values="points"
-)
+rows["study"] += ", " + rows["quantizer"].map(names)
+rows["study"] += rows["seeds"].map(" (seeds: {:.0f})".format)
+wide = rows.pivot(index="study", columns="against", values="points")
 show_table(wide.fillna("–").reset_index())
 
 # %%
