@@ -420,7 +420,7 @@ order = [*comparison.COMPARED, comparison.BEST_OF_RANDOM]
 def as_texts(found):
     """Return means with their intervals as texts; what rounds to zero has no sign."""
     texts = with_interval(found, "value", "lo", "hi", decimals=1)
-    return [text.replace("-0.0", "0.0") for text in texts]
+    return np.array([text.replace("-0.0", "0.0") for text in texts], object)
 
 
 def show_by_budget(texts):
@@ -520,12 +520,14 @@ chapter.claim(
 # By how much is the evolved choice above the others, image by image? Differences in points with 95 % intervals; a star marks those whose p-value, adjusted by Holm's method within a quantizer
 # and a budget, is below 5 %.
 
+
 # %%
-marked = [
-    text + ("*" if p < 0.05 else "")
-    for text, p in zip(as_texts(versus), versus["holm"], strict=True)
-]
-show_by_budget(pd.Series(marked, index=versus.index))
+def starred(found):
+    """Return differences with their intervals as texts, significant ones with a star."""
+    return as_texts(found) + np.where(found["holm"] < 0.05, "*", "")
+
+
+show_by_budget(pd.Series(starred(versus), index=versus.index))
 
 # %%
 tested = versus.query("average_bits <= 3").drop(
@@ -633,14 +635,13 @@ for study in profile_names():
         )
         parts.append(part.query("average_bits <= 3").assign(study=study))
 everywhere = pd.concat(parts, ignore_index=True)
-everywhere["star"] = np.where(everywhere["holm"] < 0.05, "*", "")
 uniform = everywhere[everywhere["proxy"] == "uniform"]
 rivals = everywhere[everywhere["proxy"].isin(handmade)]
 best = rivals.groupby(["study", "quantizer", "average_bits"])["value"].idxmin()
 rows = pd.concat([uniform, rivals.loc[best]])
 rows["against"] = np.where(rows["proxy"] == "uniform", "uniform", "hand-made")
 rows["against"] += rows["average_bits"].map(" at {:g} bits".format)
-rows["points"] = as_texts(rows) + rows["star"]
+rows["points"] = starred(rows)
 rows.loc[rows["proxy"] != "uniform", "points"] += " " + rows["proxy"]
 rows["study"] += ", " + rows["quantizer"].map(names)
 rows["study"] += rows["seeds"].map(" (seeds: {:.0f})".format)

@@ -213,8 +213,8 @@ def show_table(table: pd.DataFrame, *, decimals: int = 2) -> None:
     table = table.rename(columns=lambda name: f"{name:g}" if isinstance(name, float) else name)
     texts = [name for name in table.columns if table[name].astype(str).str.contains(" [a-zA-Z]").any()]
     prose = {"text-align": "left", "white-space": "normal", "min-width": "16em"}
-    name = hashlib.blake2b(table.to_csv().encode(), digest_size=4).hexdigest()  # the same table, the same page
-    style = table.style.set_uuid(name).format(precision=decimals, na_rep="–").hide(axis="index")
+    uuid = hashlib.blake2b(table.to_csv().encode(), digest_size=4).hexdigest()  # the same table, the same page
+    style = table.style.set_uuid(uuid).format(precision=decimals, na_rep="–").hide(axis="index")
     headings = {name: [{"selector": "th", "props": [("text-align", "left")]}] for name in texts}
     style.set_properties(subset=texts, **prose).set_table_styles(headings, overwrite=False)
     display(HTML(style.to_html()))
