@@ -29,6 +29,7 @@ from emq_lib.approximate import random_within
 from emq_lib.artefacts import (
     atomic_path,
     checked_path,
+    read_manifest,
     record,
     sole_writer,
     source_hash,
@@ -178,7 +179,8 @@ def build_comparison(
             ignore_index=True,
         )
         finished = PartialRows(folder / PARTIAL)
-        rows = _present_rows(profile) | finished.read()
+        before, seconds_before = _present_rows(profile)
+        rows = before | finished.read()
         effort = Effort(settings, QatRecipe.like(profile.training or QatRecipe(), epochs))
         wanted["key"] = _keys(profile, data, wanted, effort)
         missing = wanted[~wanted["key"].isin(rows)].drop_duplicates("key")
@@ -207,7 +209,8 @@ def build_comparison(
             TRAINED: f"{epochs} epochs",
         }
         note = "; ".join(f"{quantizer}: {what}" for quantizer, what in spent.items() if quantizer in quantizers)
-        record(profile, FILE, command=command, seconds=time.perf_counter() - started, rows=len(table), note=note)
+        seconds = seconds_before + time.perf_counter() - started
+        record(profile, FILE, command=command, seconds=seconds, rows=len(table), note=note)
         for name in (PARTIAL, measuring.PARTIAL):
             (folder / name).unlink(missing_ok=True)
 
@@ -321,14 +324,14 @@ def _keys(profile: Profile, data: ImageData, wanted: pd.DataFrame, effort: Effor
     return [keys[index] for index in wanted.index]
 
 
-def _present_rows(profile: Profile) -> dict[str, dict]:
-    """Return key -> row of the study's present table."""
+def _present_rows(profile: Profile) -> tuple[dict[str, dict], float]:
+    """Return key -> row of the study's present table, and the wall time it took."""
     if not has_study(profile, FILE):
-        return {}
+        return {}, 0.0
     table = pd.read_parquet(checked_path(profile, FILE)).drop_duplicates("key").set_index("key")
     table = table.drop(index=FLOAT, errors="ignore")
     table["correct"] = table["correct"].map(lambda packed: base64.b64encode(packed).decode())
-    return table[KEPT].to_dict("index")
+    return table[KEPT].to_dict("index"), read_manifest(profile)[FILE]["seconds"]
 
 
 def load_comparison(profile: Profile) -> pd.DataFrame:

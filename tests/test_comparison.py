@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from emq_lib import comparison
+from emq_lib.artefacts import read_manifest
 from emq_lib.bench import bits_text, parse_bits
 from emq_lib.block_reconstruction import Settings
 from emq_lib.checks import with_calibration
@@ -69,6 +70,9 @@ def test_interrupted_and_resumed_gives_the_same_rows_and_more_seeds_extend_them(
     assert all(np.array_equal(*pair) for pair in zip(resumed["hits"], whole["hits"], strict=True))
     counted.clear()
     extended = _build(profile, data, seeds=1, quantizers=("brecq", "qat"))
+    spent = read_manifest(profile)[comparison.FILE]["seconds"]
+    _build(profile, data, seeds=1, quantizers=("brecq", "qat"))
+    assert read_manifest(profile)[comparison.FILE]["seconds"] > spent  # nothing was left to do; earlier time counts
     assert {job.quantizer for job in counted} == {"qat"}
     assert set(extended["quantizer"]) == {"brecq", "qat", "float"}
     assert set(extended.query("quantizer == 'qat'")["proxy"]) == set(comparison.TRAINED_METHODS)
