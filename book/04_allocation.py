@@ -104,8 +104,9 @@ if chapter.rebuild:  # every proxy, and the formula of every search
 measured = bench.Bench.load(chapter.profile)
 layers = bench.load_layers(chapter.profile)
 config = measured.configs[5]
-widths = layers["pinned_bits"].to_numpy().copy()
-widths[layers["searchable"]] = config
+widths = np.where(
+    layers["searchable"], config[layers["slot"]], layers["pinned_bits"]
+)
 weights = np.ceil(layers["parameters"] * widths / 8)
 by_hand = (weights + 5 * layers["channels"] + 4 * layers["biases"]).sum()
 assert by_hand == measured.query(config)["size_bytes"]
@@ -178,7 +179,7 @@ figure, ax = plt.subplots(figsize=(6.5, 4.2))
 plot_heatmap(
     pd.DataFrame(
         {name: one.bits for name, one in chosen.items()},
-        index=layers.query("searchable")["name"],
+        index=layers.query("searchable").drop_duplicates("slot")["name"],
     ).T,
     ax=ax,
 )

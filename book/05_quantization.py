@@ -402,7 +402,7 @@ plt.show()
 # seed there is the best of as many as the search looked at, chosen, as the evolved formula was, on half A; what follows is measured on the other test images. Each cell holds the mean over
 # seeds and images with its 95 % interval; differences between methods, further down, are taken image by image and are known much better. QAT trains a network for every cell, so it takes the choices
 # of three methods at two budgets; for how many epochs, and for how many steps BRECQ runs, stands in the manifest (chapter 01). The bit sum's choices are those of parameter-greedy
-# ([chapter 04](04_allocation.ipynb)).
+# (chapter 04).
 
 # %%
 compared = comparison.load_comparison(chapter.profile)
