@@ -405,7 +405,7 @@ def mean_by_bits(rows: np.ndarray) -> np.ndarray:
 everything = np.arange(len(sample))
 effects = pd.DataFrame(
     mean_by_bits(everything).T,
-    index=bench.load_layers(chapter.profile).query("searchable")["name"],
+    index=bench.slot_names(bench.load_layers(chapter.profile)),
     columns=chapter.profile.choices,
 )
 

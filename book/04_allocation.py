@@ -179,7 +179,7 @@ figure, ax = plt.subplots(figsize=(6.5, 4.2))
 plot_heatmap(
     pd.DataFrame(
         {name: one.bits for name, one in chosen.items()},
-        index=layers.query("searchable").drop_duplicates("slot")["name"],
+        index=bench.slot_names(layers),
     ).T,
     ax=ax,
 )

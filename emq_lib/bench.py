@@ -300,6 +300,11 @@ def load_layers(profile: Profile) -> pd.DataFrame:
     return pd.read_csv(checked_path(profile, "layers.csv"), dtype={"name": str})  # names may look like numbers
 
 
+def slot_names(layers: pd.DataFrame) -> pd.Index:
+    """Return a name for every slot of a layer table: that of its first layer; others may share its width."""
+    return pd.Index(layers.query("searchable").drop_duplicates("slot").sort_values("slot")["name"])
+
+
 @dataclass(frozen=True)
 class Bench:
     """The measured configurations of one study.

@@ -298,6 +298,15 @@ def test_filtering_sampling_and_the_best_under_a_budget(study, profile):
     assert measured.table.loc[0, "top1"] >= 0
 
 
+def test_every_slot_has_one_name_whatever_shares_its_width():
+    layers = bench.load_layers(get_profile("cifar10-resnet18"))
+    names = bench.slot_names(layers)
+    assert len(names) == 18  # the paper's
+    assert "layer2.0.conv2" in names
+    assert not any("downsample" in name for name in names)
+    assert list(names) == [name for name in layers["name"] if name in names]
+
+
 def test_query_finds_rows_and_names_bad_configurations(study, profile):
     measured = bench.Bench.load("digits-resnet8")
     row = measured.table.iloc[11]
