@@ -21,7 +21,7 @@ import pulp
 from engine import hardware
 
 from emq_lib.allocation import Allocation, allocate, pareto_front
-from emq_lib.costs import CostTable, gather
+from emq_lib.core.costs import CostTable, gather
 
 RESULTS = pathlib.Path(__file__).with_suffix(".json")
 CHOICES = tuple(range(2, 9))

@@ -24,11 +24,12 @@ from engine import hardware
 from pyhessian import hessian
 from torch import nn
 
+from book.studies.study import checked_path
 from emq_lib import curvature, layer_statistics
-from emq_lib.artefacts import checked_path
-from emq_lib.datasets import load_dataset
-from emq_lib.models import fold_batchnorm, layer_table, load_checkpoint
-from emq_lib.profiles import get_profile
+from emq_lib.core.datasets import load_dataset
+from emq_lib.core.graphs import fold_batchnorm, layer_table
+from emq_lib.core.models import load_checkpoint
+from emq_lib.core.profiles import get_profile
 
 RESULTS = pathlib.Path(__file__).with_suffix(".json")
 REPEATS = 10

@@ -1,4 +1,4 @@
-"""Configurations per second: the bank and the shared prefixes of `emq_lib.measuring` against the plain way.
+"""Configurations per second: the bank and the shared prefixes of `emq_lib.bench.engine` against the plain way.
 
 The plain way is what the released code does: for every configuration, search the range of every layer's weight, round
 it, and run the network with its batch norms in place. Both see the same images in the same process, and their answers
@@ -27,11 +27,15 @@ import torch
 from distributed import LocalCluster
 from torch import nn
 
-from emq_lib import bench, measuring, quantizers
-from emq_lib.artefacts import checked_path
-from emq_lib.datasets import Split, load_dataset
-from emq_lib.models import layer_table, load_checkpoint, predict
-from emq_lib.profiles import get_profile
+from book.studies import rows
+from book.studies.study import checked_path
+from emq_lib.bench import remote, sampling
+from emq_lib.bench.engine import BLOCK
+from emq_lib.core import quantizers
+from emq_lib.core.datasets import Split, load_dataset
+from emq_lib.core.graphs import layer_table
+from emq_lib.core.models import load_checkpoint, predict
+from emq_lib.core.profiles import get_profile
 
 RESULTS = pathlib.Path(__file__).with_suffix(".json")
 DIFFERENT = 3e-3  # share of answers that may differ: an 8-bit code within a float sum's rounding of the next one flips
@@ -62,8 +66,8 @@ def _torchs_fake_quantize(activation_range: quantizers.ActivationRange) -> Calla
 
 def engine(profile, data, split: Split, configs: np.ndarray, scheduler: str | None = None) -> np.ndarray:
     """Return whether each image is classified correctly (N, images), bank and ranges built first."""
-    network, _ = measuring.load_network(profile, data)
-    blocks = measuring.measure_anywhere(profile, network, split, configs, scheduler)
+    network, _ = rows.load_network(profile, data)
+    blocks = remote.measure_anywhere(profile, network, split, configs, scheduler)
     found = {item.config: item.correct for block in blocks for item in block}
     return np.stack([found[tuple(map(int, config))] for config in configs])
 
@@ -71,7 +75,7 @@ def engine(profile, data, split: Split, configs: np.ndarray, scheduler: str | No
 def two_workers(profile, data, split: Split, configs: np.ndarray) -> tuple[float, np.ndarray]:
     """Return wall seconds and the answers of two started workers of one thread each, which build the network first."""
     with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
-        engine(profile, data, split[:1], configs[: 2 * measuring.BLOCK], cluster.scheduler_address)  # they import
+        engine(profile, data, split[:1], configs[: 2 * BLOCK], cluster.scheduler_address)  # they import
         return timed(engine, profile, data, split, configs, cluster.scheduler_address)
 
 
@@ -89,11 +93,13 @@ def run(
     profile = get_profile(name)
     data = load_dataset(profile).to(device)
     split = data.test[:images]
-    model = measuring.load_folded(profile, device)
+    model = rows.load_folded(profile, device)
     layers = layer_table(model, profile)
     ranges = quantizers.choose_activation_ranges(model, layers, data.calibration, bits=profile.activation_bits)
     slots = layers["slot"].max() + 1
-    drawn = bench.sample_configs(slots, profile.choices, max(configs, workers, *growth), rng=profile.rng("benchmark"))
+    drawn = sampling.sample_configs(
+        slots, profile.choices, max(configs, workers, *growth), rng=profile.rng("benchmark")
+    )
     drawn = drawn[len(profile.choices) :]  # random ones only
     few, labels = drawn[:configs], split.labels.cpu().numpy()
     seconds: dict[str, list[float]] = {"plain": [], "engine": []}

@@ -20,9 +20,11 @@ import time
 import pandas as pd
 from engine import hardware
 
-from emq_lib.artefacts import checked_path, record, study_folder
-from emq_lib.bench import Bench, bits_text, sample_configs
-from emq_lib.profiles import get_profile
+from book.studies.study import checked_path, record, study_folder
+from emq_lib.bench.sampling import sample_configs
+from emq_lib.bench.table import Bench
+from emq_lib.core.configs import bits_text
+from emq_lib.core.profiles import get_profile
 
 RESULTS = pathlib.Path(__file__).with_suffix(".json")
 ROWS, REPEATS = 10_000, 7

@@ -26,12 +26,14 @@ import torch.nn.functional as F
 from engine import hardware
 from torch.func import functional_call
 
+from book.studies.rows import load_folded, load_network
 from emq_lib.block_reconstruction import PAPER, Settings, reconstruct_in_order
-from emq_lib.datasets import load_dataset
-from emq_lib.measuring import load_folded, load_network
-from emq_lib.models import predict, segments
-from emq_lib.profiles import get_profile
-from emq_lib.quantizers import QuantizedNetwork, build_weight_bank
+from emq_lib.core.bank import build_weight_bank
+from emq_lib.core.datasets import load_dataset
+from emq_lib.core.graphs import segments
+from emq_lib.core.models import predict
+from emq_lib.core.networks import QuantizedNetwork
+from emq_lib.core.profiles import get_profile
 from emq_lib.reconstruction import Rounding, learn_rounding
 
 RESULTS = pathlib.Path(__file__).with_suffix(".json")

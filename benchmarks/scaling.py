@@ -22,11 +22,14 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 from engine import hardware, peak_memory
 
-from emq_lib import measuring, quantizers
-from emq_lib.bench import sample_configs
-from emq_lib.datasets import Split
-from emq_lib.models import INPUT_SHAPES, build_model, fold_batchnorm, layer_table
-from emq_lib.profiles import get_profile, profile_names
+from emq_lib.bench import engine
+from emq_lib.bench.sampling import sample_configs
+from emq_lib.core import networks, quantizers
+from emq_lib.core.bank import build_weight_bank
+from emq_lib.core.datasets import Split
+from emq_lib.core.graphs import fold_batchnorm, layer_table
+from emq_lib.core.models import INPUT_SHAPES, build_model
+from emq_lib.core.profiles import get_profile, profile_names
 
 RESULTS = pathlib.Path(__file__).with_suffix(".json")
 WORK, REPEATS = 4e11, 3  # multiply-accumulates of one repeat, before sharing
@@ -38,21 +41,21 @@ def run(name: str, configs: int) -> dict[str, object]:
     model = fold_batchnorm(build_model(profile))
     layers = layer_table(model, profile)
     macs = int(layers["macs"].sum())
-    count = int(min(1_000, max(measuring.BATCH["cpu"], WORK // (macs * configs))))
+    count = int(min(1_000, max(engine.BATCH["cpu"], WORK // (macs * configs))))
     images = torch.randint(256, (count, *INPUT_SHAPES[profile.dataset]), generator=torch.Generator().manual_seed(0))
     channels = images.shape[1]
     split = Split(images.byte(), torch.zeros(count).long(), torch.full((channels,), 0.5), torch.full((channels,), 0.25))
     started = time.perf_counter()
-    bank = quantizers.build_weight_bank(model, layers, profile.choices)
-    some = split[: measuring.BATCH["cpu"]]
+    bank = build_weight_bank(model, layers, profile.choices)
+    some = split[: engine.BATCH["cpu"]]
     ranges = quantizers.choose_activation_ranges(model, layers, some, bits=profile.activation_bits)
-    network = quantizers.QuantizedNetwork(copy.deepcopy(model), bank, ranges)
+    network = networks.QuantizedNetwork(copy.deepcopy(model), bank, ranges)
     prepared = time.perf_counter() - started
     drawn = sample_configs(bank.slot_count, profile.choices, configs, rng=profile.rng("benchmark"))[-configs:]
     seconds = []
     for _ in range(REPEATS):
         started = time.perf_counter()
-        measured = sum(len(block) for block in measuring.measure(network, split, drawn))
+        measured = sum(len(block) for block in engine.measure(network, split, drawn))
         seconds.append(time.perf_counter() - started)
     return {
         "MACs per image": macs,
@@ -60,7 +63,7 @@ def run(name: str, configs: int) -> dict[str, object]:
         "slots": bank.slot_count,
         "images": count,
         "configurations": measured,
-        "planned MACs per image": measuring.planned_macs(model, layers, drawn),
+        "planned MACs per image": engine.planned_macs(model, layers, drawn),
         "seconds of preparation": prepared,
         "seconds": statistics.median(seconds),
         "seconds of each repeat": seconds,
@@ -73,7 +76,7 @@ def main() -> None:
     """Run the benchmark and enter it into the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profiles", nargs="*", default=profile_names())
-    parser.add_argument("--configs", type=int, default=measuring.BLOCK)
+    parser.add_argument("--configs", type=int, default=engine.BLOCK)
     options = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in options.profiles:

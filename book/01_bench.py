@@ -39,21 +39,18 @@ SEED: int = 0  # another number: another draw of all that is random
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from emq_lib import (
-    bench,
-    checks,
-    measuring,
-    quantizers,
-    ranking,
-    reconstruction,
-    training,
-)
-from emq_lib.artefacts import read_facts, read_manifest
-from emq_lib.costs import gather
-from emq_lib.datasets import load_dataset
-from emq_lib.models import fold_batchnorm, layer_table, predict, top1
+from emq_lib import ranking, reconstruction
+from emq_lib.bench import engine, sampling
+from emq_lib.bench.table import Bench
+from emq_lib.core import networks, quantizers, training
+from emq_lib.core.bank import build_weight_bank
+from emq_lib.core.configs import bits_text, slot_names
+from emq_lib.core.costs import gather
+from emq_lib.core.datasets import load_dataset
+from emq_lib.core.graphs import fold_batchnorm, layer_table
+from emq_lib.core.models import predict, top1
+from emq_lib.core.profiles import QUANTIZERS, profile_names
 from emq_lib.palette import PLAIN
-from emq_lib.profiles import QUANTIZERS, profile_names
 from emq_lib.report import (
     plot_by_bits,
     plot_histogram,
@@ -66,6 +63,9 @@ from emq_lib.report import (
 )
 from scipy import stats
 
+from book.studies import bench, checkpoints, checks
+from book.studies.study import read_facts, read_manifest
+
 chapter = start_chapter("01_bench", PROFILE, REBUILD, SEED)
 
 # %% [markdown]
@@ -75,7 +75,7 @@ chapter = start_chapter("01_bench", PROFILE, REBUILD, SEED)
 # %%
 if chapter.rebuild:
     images = load_dataset(chapter.profile)
-    training.build_checkpoint(chapter.profile, images)
+    checkpoints.build_checkpoint(chapter.profile, images)
     for quantizer in QUANTIZERS:
         bench.build_bench(chapter.profile, images, quantizer=quantizer)
     checks.build_checks(chapter.profile, images)
@@ -177,7 +177,7 @@ chapter.claim(
 
 # %%
 layers = layer_table(model, digits)
-bank = quantizers.build_weight_bank(model, layers, digits.choices)
+bank = build_weight_bank(model, layers, digits.choices)
 show_table(
     layers[
         ["name", "shape", "parameters", "macs", "searchable", "pinned_bits"]
@@ -193,7 +193,7 @@ show_table(
 ranges = quantizers.choose_activation_ranges(
     model, layers, data.calibration, bits=digits.activation_bits
 )
-quantized = quantizers.QuantizedNetwork(model, bank, ranges)
+quantized = networks.QuantizedNetwork(model, bank, ranges)
 config = (4, 4, 2, 3, 4, 2)
 accuracy = top1(predict(quantized.select(config), data.test), data.test.labels)
 accuracy
@@ -203,12 +203,12 @@ accuracy
 # network is cut into pieces and each piece runs again only if something before it changed.
 
 # %%
-configs = bench.sample_configs(
+configs = sampling.sample_configs(
     len(bank.searchable), digits.choices, 40, rng=digits.rng("chapter 01")
 )
 measured = [
     item
-    for block in measuring.measure(quantized, data.test, configs)
+    for block in engine.measure(quantized, data.test, configs)
     for item in block
 ]
 plain = {
@@ -264,11 +264,11 @@ chapter.claim(
 )
 
 # %%
-measured = bench.Bench.load(chapter.profile)
+measured = Bench.load(chapter.profile)
 sample, uniform = measured.select("random"), measured.select("uniform")
 show_table(
     measured.table.head(6)
-    .assign(bits=lambda table: table["bits"].map(bench.bits_text))
+    .assign(bits=lambda table: table["bits"].map(bits_text))
     .drop(columns=["key", "config_id", "quantizer", "n_a", "n_b"])
 )
 
@@ -405,7 +405,7 @@ def mean_by_bits(rows: np.ndarray) -> np.ndarray:
 everything = np.arange(len(sample))
 effects = pd.DataFrame(
     mean_by_bits(everything).T,
-    index=bench.slot_names(bench.load_layers(chapter.profile)),
+    index=slot_names(bench.load_layers(chapter.profile)),
     columns=chapter.profile.choices,
 )
 
@@ -584,7 +584,7 @@ show_source(reconstruction.adaround)
 # under both quantizers.
 
 # %% slideshow={"slide_type": "-"}
-rounded = bench.Bench.load(chapter.profile, quantizer="adaround")
+rounded = Bench.load(chapter.profile, quantizer="adaround")
 learned = rounded.select("random")
 assert (learned.configs == sample.configs).all()
 lift = stats.ttest_1samp(learned.top1 - sample.top1, 0)
@@ -762,7 +762,7 @@ chapter.claim(
 
 # %% slideshow={"slide_type": "-"}
 studies = [
-    bench.Bench.load(profile)
+    Bench.load(profile)
     for profile in map(chapter.study, profile_names())
     if bench.has_study(profile, "bench.parquet")
     and profile.choices == chapter.profile.choices

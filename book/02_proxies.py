@@ -46,15 +46,15 @@ import scikit_posthocs
 import torch
 import torch.nn.functional as F
 from emq_lib import curvature, layer_statistics, proxies, ranking
-from emq_lib.artefacts import REPOSITORY, checked_path
-from emq_lib.bench import Bench, has_study
-from emq_lib.costs import gather
-from emq_lib.datasets import load_dataset
+from emq_lib.bench.table import Bench
+from emq_lib.core.costs import gather
+from emq_lib.core.datasets import load_dataset
+from emq_lib.core.graphs import fold_batchnorm
+from emq_lib.core.models import load_checkpoint
+from emq_lib.core.profiles import QUANTIZERS, profile_names
+from emq_lib.core.quantizers import fake_quantize
 from emq_lib.heldout import build_heldout, load_heldout, load_tables
-from emq_lib.models import fold_batchnorm, load_checkpoint
 from emq_lib.palette import COLOURS, PLAIN
-from emq_lib.profiles import QUANTIZERS, profile_names
-from emq_lib.quantizers import fake_quantize
 from emq_lib.report import (
     plot_forest,
     plot_forests,
@@ -66,6 +66,10 @@ from emq_lib.report import (
     start_chapter,
     with_interval,
 )
+
+from book.places import REPOSITORY
+from book.studies.bench import has_study
+from book.studies.study import checked_path
 
 chapter = start_chapter("02_proxies", PROFILE, REBUILD, SEED)
 

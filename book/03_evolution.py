@@ -44,12 +44,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from emq_lib import evolution, experiments, ranking, search_space
-from emq_lib.artefacts import REPOSITORY
-from emq_lib.bench import Bench, has_study
+from emq_lib.bench.table import Bench
+from emq_lib.core.profiles import profile_names
 from emq_lib.heldout import build_heldout, load_heldout, load_tables
 from emq_lib.layer_statistics import load_statistics
 from emq_lib.palette import COLOURS
-from emq_lib.profiles import profile_names
 from emq_lib.proxies import score, score_table
 from emq_lib.report import (
     difference_of_means,
@@ -65,6 +64,9 @@ from emq_lib.report import (
 )
 from IPython.display import Math, display
 from scipy import stats
+
+from book.places import REPOSITORY
+from book.studies.bench import has_study
 
 chapter = start_chapter("03_evolution", PROFILE, REBUILD, SEED)
 PAPER = {

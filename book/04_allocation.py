@@ -41,13 +41,14 @@ import time
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from emq_lib import allocation, approximate, bench, experiments, quantization
-from emq_lib.bench import has_study
-from emq_lib.costs import CostTable, average_bits_cost, gather
-from emq_lib.datasets import load_dataset
-from emq_lib.errors import InfeasibleBudgetError
+from emq_lib import allocation, approximate, experiments, quantization
+from emq_lib.bench.table import Bench
+from emq_lib.core.configs import slot_names
+from emq_lib.core.costs import CostTable, average_bits_cost, gather
+from emq_lib.core.datasets import load_dataset
+from emq_lib.core.errors import InfeasibleBudgetError
+from emq_lib.core.profiles import profile_names
 from emq_lib.heldout import load_heldout, load_searched, load_tables
-from emq_lib.profiles import profile_names
 from emq_lib.proxies import load_proxies, score
 from emq_lib.ranking import sampling_interval
 from emq_lib.report import (
@@ -63,6 +64,9 @@ from emq_lib.report import (
     with_interval,
 )
 from IPython.display import display
+
+from book.studies import bench
+from book.studies.bench import has_study
 
 chapter = start_chapter("04_allocation", PROFILE, REBUILD, SEED)
 
@@ -101,7 +105,7 @@ if chapter.rebuild:  # every proxy, and the formula of every search
 # a zero point of one, each bias four bytes. Sum this over the layers of a configuration and compare with the bench.
 
 # %% slideshow={"slide_type": "-"} tags=["slide-code"]
-measured = bench.Bench.load(chapter.profile)
+measured = Bench.load(chapter.profile)
 layers = bench.load_layers(chapter.profile)
 config = measured.configs[5]
 widths = np.where(
@@ -179,7 +183,7 @@ figure, ax = plt.subplots(figsize=(6.5, 4.2))
 plot_heatmap(
     pd.DataFrame(
         {name: one.bits for name, one in chosen.items()},
-        index=bench.slot_names(layers),
+        index=slot_names(layers),
     ).T,
     ax=ax,
 )
@@ -568,7 +572,7 @@ chapter.claim(
 # %%
 digits = chapter.study("digits-resnet8")
 matrix = load_proxies(digits)[1]["CLADO"]["table"]
-small = bench.Bench.load(digits).cost("size")
+small = Bench.load(digits).cost("size")
 limit = allocation.budget_for_average_bits(2.5, small, digits.choices)
 
 
@@ -850,7 +854,7 @@ for allowed, answer, total in ((250, (2, 3), -5), (330, (3, 3), -2)):
     assert (one.bits, one.score) == (answer, total)
 
 # %% tags=["hide-cell", "solution"]
-from emq_lib.costs import size_cost
+from emq_lib.core.costs import size_cost
 
 layer = {"parameters": 10, "channels": 2, "biases": 2, "searchable": True}
 tiny = pd.DataFrame([layer | {"slot": 0, "pinned_bits": 0}])

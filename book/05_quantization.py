@@ -44,27 +44,16 @@ import numpy as np
 import onnxruntime
 import pandas as pd
 import torch
-from emq_lib import comparison, export, quantization, quantizers, runtimes
-from emq_lib.artefacts import (
-    REPOSITORY,
-    checked_path,
-    read_facts,
-    read_manifest,
-)
-from emq_lib.bench import has_study, load_layers, parse_bits
+from emq_lib import comparison, export, quantization, runtimes
 from emq_lib.block_reconstruction import LAPTOP, PAPER
-from emq_lib.datasets import load_dataset
-from emq_lib.errors import InvalidParameterError
-from emq_lib.measuring import load_network
-from emq_lib.models import (
-    build_model,
-    fold_batchnorm,
-    layer_table,
-    load_checkpoint,
-    predict,
-    top1,
-)
-from emq_lib.profiles import profile_names
+from emq_lib.core import networks, quantizers
+from emq_lib.core.bank import build_weight_bank
+from emq_lib.core.configs import parse_bits
+from emq_lib.core.datasets import load_dataset
+from emq_lib.core.errors import InvalidParameterError
+from emq_lib.core.graphs import fold_batchnorm, layer_table
+from emq_lib.core.models import build_model, load_checkpoint, predict, top1
+from emq_lib.core.profiles import profile_names
 from emq_lib.qat import QatRecipe
 from emq_lib.report import (
     plot_dots,
@@ -75,6 +64,11 @@ from emq_lib.report import (
     with_interval,
 )
 from scipy.stats import binomtest, norm
+
+from book.places import REPOSITORY
+from book.studies.bench import has_study, load_layers
+from book.studies.rows import load_network
+from book.studies.study import checked_path, read_facts, read_manifest
 
 chapter = start_chapter("05_quantization", PROFILE, REBUILD, SEED)
 
@@ -131,7 +125,7 @@ model = fold_batchnorm(
     )
 )
 layers = load_layers(chapter.profile)
-bank = quantizers.build_weight_bank(model, layers, chapter.profile.choices)
+bank = build_weight_bank(model, layers, chapter.profile.choices)
 weights = bank.select(config)
 biases = {name: model.get_submodule(name).bias for name in weights}
 
@@ -912,7 +906,7 @@ rough = dataclasses.replace(
         for key, one in network.bank.weights.items()
     },
 )
-again = quantizers.QuantizedNetwork(
+again = networks.QuantizedNetwork(
     fold_batchnorm(trained), rough, network.activation_ranges
 )
 found = predict(again.select((4, 3, 3, 2, 3, 4)), data.test)

@@ -42,8 +42,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from emq_lib import proxies, ranking, released
-from emq_lib.bench import Bench
-from emq_lib.datasets import load_dataset
+from emq_lib.bench.table import Bench
+from emq_lib.core.datasets import load_dataset
 from emq_lib.heldout import load_heldout
 from emq_lib.layer_statistics import load_statistics
 from emq_lib.report import (

@@ -42,11 +42,12 @@ REBUILD: bool = False  # nothing to compute here
 SEED: int = 0  # another number: another draw of all that is random
 
 # %% tags=["hide-input"]
-from emq_lib.artefacts import read_manifest
-from emq_lib.bench import has_study
 from emq_lib.cards import describe
-from emq_lib.profiles import profile_names
+from emq_lib.core.profiles import profile_names
 from emq_lib.report import show_table, start_chapter
+
+from book.studies.bench import has_study
+from book.studies.study import read_manifest
 
 chapter = start_chapter("data_cards", PROFILE, REBUILD, SEED)
 

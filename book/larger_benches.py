@@ -39,12 +39,11 @@ import json
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from emq_lib import measuring
-from emq_lib.artefacts import REPOSITORY
-from emq_lib.bench import sample_configs
-from emq_lib.measuring import planned_macs
-from emq_lib.models import build_model, fold_batchnorm, layer_table
-from emq_lib.profiles import Profile
+from emq_lib.bench.engine import _Engine, planned_macs
+from emq_lib.bench.sampling import sample_configs
+from emq_lib.core.graphs import fold_batchnorm, layer_table
+from emq_lib.core.models import build_model
+from emq_lib.core.profiles import Profile
 from emq_lib.report import (
     plot_growth,
     plot_sizes,
@@ -53,6 +52,8 @@ from emq_lib.report import (
     start_chapter,
 )
 from torch.fx import GraphModule
+
+from book.places import REPOSITORY
 
 chapter = start_chapter("larger_benches", PROFILE, REBUILD, SEED)
 engine, scaling = (
@@ -73,7 +74,7 @@ show_table(
 # multiplies integers, and computes what neighbours share once:
 
 # %%
-show_source(measuring._Engine)
+show_source(_Engine)
 
 # %% [markdown]
 # Both answer on the same images in the same process, in turn. All preparation counts. An answer that differs is a value that
@@ -130,7 +131,7 @@ chapter.claim(
 # neighbours in lexicographic order agree on more of their first layers. How much is shared can be counted without running anything:
 
 # %%
-show_source(measuring.planned_macs)
+show_source(planned_macs)
 
 
 # %%

@@ -29,14 +29,15 @@ REBUILD: bool = False  # nothing to compute here
 SEED: int = 0  # another number: another draw of all that is random
 
 # %% tags=["hide-input"]
-from emq_lib.artefacts import repository_address
-from emq_lib.profiles import profile_names
+from emq_lib.core.profiles import profile_names
 from emq_lib.report import (
     read_costs,
     read_rebuild_costs,
     show_table,
     start_chapter,
 )
+
+from book.places import repository_address
 
 chapter = start_chapter("rerun", PROFILE, REBUILD, SEED)
 

@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from emq_lib import export
 from emq_lib.block_reconstruction import Settings
-from emq_lib.datasets import load_dataset
+from emq_lib.core.datasets import load_dataset
 from emq_lib.quantization import choose_bits, quantize_model
 from emq_lib.report import show_table, start_chapter
 from PIL import Image

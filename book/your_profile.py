@@ -34,14 +34,18 @@ import dataclasses
 import os
 import tempfile
 
-from emq_lib import bench, training
-from emq_lib.artefacts import read_facts
-from emq_lib.datasets import load_dataset
-from emq_lib.errors import UnsupportedModelError
-from emq_lib.models import build_model, layer_table, register_model
-from emq_lib.profiles import Profile, TrainingRecipe, register
+from emq_lib.bench import table
+from emq_lib.core import configs, training
+from emq_lib.core.datasets import load_dataset
+from emq_lib.core.errors import UnsupportedModelError
+from emq_lib.core.graphs import layer_table
+from emq_lib.core.models import build_model, register_model
+from emq_lib.core.profiles import Profile, TrainingRecipe, register
 from emq_lib.report import show_table, start_chapter
 from torch import nn
+
+from book.studies import bench, checkpoints
+from book.studies.study import read_facts
 
 chapter = start_chapter("your_profile", PROFILE, REBUILD, SEED)
 
@@ -122,11 +126,11 @@ show_table(
 
 # %%
 images = load_dataset(profile)
-training.build_checkpoint(profile, images)
+checkpoints.build_checkpoint(profile, images)
 bench.build_bench(profile, images)
 
 # %%
-own = bench.Bench.load(profile)
+own = table.Bench.load(profile)
 chapter.claim(
     "own_rows",
     "The bench has {:.0f} rows.",
@@ -151,7 +155,7 @@ three = own.query((3,) * 5)
 best = own.best(size=three["size_bytes"])
 chapter.claim(
     "own_gain",
-    f"It is {bench.bits_text(best['bits'])}, {{:+.1f}} points of top-1 from uniform 3 bits.",
+    f"It is {configs.bits_text(best['bits'])}, {{:+.1f}} points of top-1 from uniform 3 bits.",
     best["top1"] - three["top1"],
     within=(0, 100),
 )
@@ -162,7 +166,7 @@ chapter.claim(
 # %%
 larger = dataclasses.replace(profile, bench_configs=160)
 bench.build_bench(larger, images)
-len(bench.Bench.load(larger)) - len(own)
+len(table.Bench.load(larger)) - len(own)
 
 # %% [markdown]
 # Weights that you trained elsewhere take the place of training: `store_checkpoint` measures them and writes them in the study's
@@ -171,7 +175,7 @@ len(bench.Bench.load(larger)) - len(own)
 # %%
 state = build_model(profile)
 result = training.TrainingResult(state.eval(), 0, (), 0.0)
-training.store_checkpoint(profile, result, images)
+checkpoints.store_checkpoint(profile, result, images)
 
 # %% [markdown]
 # (These were random weights. The bench of the old ones no longer belongs to this checkpoint, and a new call would measure every row

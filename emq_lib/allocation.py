@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import optimize, sparse
 
-from emq_lib.costs import CostTable, gather
-from emq_lib.errors import InfeasibleBudgetError, InvalidParameterError, InvalidScoreError, UnsolvedAllocationError
+from emq_lib.core.costs import CostTable, gather
+from emq_lib.core.errors import InfeasibleBudgetError, InvalidParameterError, InvalidScoreError, UnsolvedAllocationError
 
 _INFEASIBLE = 2  # status of scipy.optimize.milp
 _MAGNITUDE = 1_000.0  # of the largest objective entry and of every limit; the solver's tolerances are absolute, 1e-6

@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from emq_lib.datasets import Split
-from emq_lib.models import pre_hooks, segments
-from emq_lib.quantizers import ActivationRange, QuantizedNetwork, build_weight_bank
+from emq_lib.core.bank import build_weight_bank
+from emq_lib.core.datasets import Split
+from emq_lib.core.graphs import pre_hooks, segments
+from emq_lib.core.networks import QuantizedNetwork
+from emq_lib.core.quantizers import ActivationRange
 from emq_lib.reconstruction import Rounding, learn_rounding
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pandas as pd
 
+from book.studies.bench import has_study, load_layers
+from book.studies.study import read_facts, read_manifest, study_folder
 from emq_lib import ranking
-from emq_lib.artefacts import read_facts, read_manifest, study_folder
-from emq_lib.bench import SAMPLES, Bench, has_study, load_layers
-from emq_lib.errors import MissingArtefactError
-from emq_lib.profiles import QUANTIZERS, Profile
+from emq_lib.bench.table import SAMPLES, Bench
+from emq_lib.core.errors import MissingArtefactError
+from emq_lib.core.profiles import QUANTIZERS, Profile
 
 LICENCE = "tables, checkpoint and this card: CC BY 4.0; code: MIT. Images are not included and keep their own terms."
 CITATION = "CITATION.cff of this book, with the profile's name and the commit above"

@@ -23,27 +23,26 @@ import torch.nn.functional as F
 from scipy import stats
 from tqdm.auto import tqdm
 
-from emq_lib import block_reconstruction, measuring, qat, training
+from book.studies import rows as measured_rows
+from book.studies.bench import has_study, load_layers
+from book.studies.checks import with_calibration
+from book.studies.rows import PartialRows, load_folded, load_network, measure_resumably, row_keys
+from book.studies.study import checked_path, read_manifest, record, sole_writer, study_folder
+from emq_lib import block_reconstruction, qat
 from emq_lib.allocation import budget_for_average_bits
 from emq_lib.approximate import random_within
-from emq_lib.artefacts import (
-    atomic_path,
-    checked_path,
-    read_manifest,
-    record,
-    sole_writer,
-    source_hash,
-    study_folder,
-    to_json,
-)
-from emq_lib.bench import Bench, bits_text, has_study, load_layers, parse_bits
+from emq_lib.bench.engine import measure
+from emq_lib.bench.table import Bench
 from emq_lib.block_reconstruction import LAPTOP, Settings, reconstruct_in_order
-from emq_lib.checks import with_calibration
-from emq_lib.costs import bops_cost, size_cost
-from emq_lib.datasets import ImageData, load_dataset
-from emq_lib.measuring import PartialRows, load_folded, load_network, measure, measure_resumably, row_keys
-from emq_lib.models import layer_table, predict, top1
-from emq_lib.profiles import QUANTIZERS, Profile
+from emq_lib.core import training
+from emq_lib.core.configs import bits_text, parse_bits
+from emq_lib.core.costs import bops_cost, size_cost
+from emq_lib.core.datasets import ImageData, load_dataset
+from emq_lib.core.files import atomic_path, to_json
+from emq_lib.core.graphs import layer_table
+from emq_lib.core.models import predict, top1
+from emq_lib.core.profiles import QUANTIZERS, Profile
+from emq_lib.core.sources import source_hash
 from emq_lib.qat import QatRecipe, train_quantized
 from emq_lib.quantization import load_quantization
 from emq_lib.ranking import holm
@@ -211,7 +210,7 @@ def build_comparison(
         note = "; ".join(f"{quantizer}: {what}" for quantizer, what in spent.items() if quantizer in quantizers)
         seconds = seconds_before + time.perf_counter() - started
         record(profile, FILE, command=command, seconds=seconds, rows=len(table), note=note)
-        for name in (PARTIAL, measuring.PARTIAL):
+        for name in (PARTIAL, measured_rows.PARTIAL):
             (folder / name).unlink(missing_ok=True)
 
 

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from scipy.sparse.linalg import LinearOperator, eigsh, svds
 from torch import nn
 
-from emq_lib.datasets import Split
-from emq_lib.errors import InvalidParameterError, UnsupportedModelError
-from emq_lib.models import is_piecewise_linear
+from emq_lib.core.datasets import Split
+from emq_lib.core.errors import InvalidParameterError, UnsupportedModelError
+from emq_lib.core.graphs import is_piecewise_linear
 
 COMBINATIONS = 2  # of the classes at random: a fifth of the time of ten classes, a tenth more standard error
 PROBES = 8

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from emq_lib import proxies, ranking, search_space
-from emq_lib.artefacts import named_when_full, source_hash, to_json
-from emq_lib.errors import CorruptArtefactError, InvalidParameterError
-from emq_lib.profiles import EvolutionBudget
+from emq_lib.core.errors import CorruptArtefactError, InvalidParameterError
+from emq_lib.core.files import named_when_full, to_json
+from emq_lib.core.profiles import EvolutionBudget
+from emq_lib.core.sources import source_hash
 from emq_lib.proxies import SEPARABLE, is_table, score
 from emq_lib.ranking import MINIMUM, fitness_many
 from emq_lib.search_space import Evaluator, Genotype, Space, canonical, cross, parse

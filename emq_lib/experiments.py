@@ -19,10 +19,12 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from book.studies.study import checked_path, record, study_folder
 from emq_lib import ranking
-from emq_lib.artefacts import atomic_path, checked_path, record, sha256, study_folder, to_json
-from emq_lib.bench import Bench
-from emq_lib.errors import CorruptArtefactError, InvalidParameterError, MissingArtefactError
+from emq_lib.bench.table import Bench
+from emq_lib.core.errors import CorruptArtefactError, InvalidParameterError, MissingArtefactError
+from emq_lib.core.files import atomic_path, sha256, to_json
+from emq_lib.core.profiles import Profile
 from emq_lib.evolution import (
     GENES,
     Generation,
@@ -35,7 +37,6 @@ from emq_lib.evolution import (
     random_search,
 )
 from emq_lib.layer_statistics import load_statistics
-from emq_lib.profiles import Profile
 from emq_lib.proxies import AGGREGATIONS, is_table, score
 from emq_lib.search_space import ERROR, FACTOR, INPUTS, KNOWN, STRUCTURES, Evaluator, Genotype, Space, parse
 

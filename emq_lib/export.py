@@ -24,11 +24,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from emq_lib.artefacts import atomic_path, to_json
-from emq_lib.costs import BIAS_BYTES, SCALE_BYTES, ZERO_POINT_BYTES, weight_bytes
-from emq_lib.errors import CorruptArtefactError, InvalidBitsError, InvalidParameterError, MissingArtefactError
-from emq_lib.models import fold_batchnorm
-from emq_lib.quantizers import ActivationRange, QuantizedLayer, QuantizedNetwork, QuantizedWeight, WeightBank
+from emq_lib.core.bank import WeightBank
+from emq_lib.core.costs import BIAS_BYTES, SCALE_BYTES, ZERO_POINT_BYTES, weight_bytes
+from emq_lib.core.errors import CorruptArtefactError, InvalidBitsError, InvalidParameterError, MissingArtefactError
+from emq_lib.core.files import atomic_path, to_json
+from emq_lib.core.graphs import fold_batchnorm
+from emq_lib.core.networks import QuantizedLayer, QuantizedNetwork
+from emq_lib.core.quantizers import ActivationRange, QuantizedWeight
 
 if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto
@@ -163,7 +165,7 @@ def payload_bytes(
 ) -> int:
     """Return the size that a quantized network claims: packed weights, scales, zero points, biases, rest, in bytes.
 
-    Without a rest it equals the "size" of :func:`emq_lib.costs.size_cost`; it is the file less its header.
+    Without a rest it equals the "size" of :func:`emq_lib.core.costs.size_cost`; it is the file less its header.
 
     Raises:
         InvalidParameterError: see :func:`save_packed`.

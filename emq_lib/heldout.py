@@ -11,13 +11,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from book.studies.bench import has_study
+from book.studies.study import checked_path, record, study_folder
 from emq_lib import ranking
-from emq_lib.artefacts import atomic_path, checked_path, record, study_folder
-from emq_lib.bench import Bench, has_study
-from emq_lib.errors import MissingArtefactError
+from emq_lib.bench.table import Bench
+from emq_lib.core.errors import MissingArtefactError
+from emq_lib.core.files import atomic_path
+from emq_lib.core.profiles import QUANTIZERS, Profile
 from emq_lib.experiments import ALLOCATED, EVOLVED, SEARCHED, TRANSFERRED, load_searches, load_winner
 from emq_lib.layer_statistics import load_statistics
-from emq_lib.profiles import QUANTIZERS, Profile
 from emq_lib.proxies import is_table, load_proxies, score
 from emq_lib.search_space import Evaluator, parse
 

@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 import triton
 import triton.language as tl
 
-from emq_lib.errors import InvalidParameterError
+from emq_lib.core.errors import InvalidParameterError
 
 TIMES_BITS = "times b"  # the one function that asks for the bit width of its row
 UNARY = ("abs", "pow2", "cube", "negate", "sign", "relu", "leaky_relu", "sqrt", "rsqrt", "cbrt", "invert", "log")

@@ -19,13 +19,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
+from book.studies.study import checked_path, read_facts, record, save_tensors, study_folder
 from emq_lib import curvature, saliency
-from emq_lib.artefacts import checked_path, read_facts, record, save_tensors, sha256, study_folder
-from emq_lib.datasets import Split
-from emq_lib.errors import CorruptArtefactError, InvalidParameterError, UnsupportedModelError
-from emq_lib.models import INPUT_SHAPES, fold_batchnorm, layer_table, load_checkpoint, pre_hooks, segments
-from emq_lib.profiles import Profile
-from emq_lib.quantizers import fake_quantize
+from emq_lib.core.datasets import Split
+from emq_lib.core.errors import CorruptArtefactError, InvalidParameterError, UnsupportedModelError
+from emq_lib.core.files import sha256
+from emq_lib.core.graphs import fold_batchnorm, layer_table, pre_hooks, segments
+from emq_lib.core.models import INPUT_SHAPES, load_checkpoint
+from emq_lib.core.profiles import Profile
+from emq_lib.core.quantizers import fake_quantize
 from emq_lib.released import ReleasedStatistics, measure_released, stages
 
 ACTIVATION_IMAGES = 64

@@ -13,9 +13,9 @@ import pandas as pd
 import torch
 from torch import nn
 
-from emq_lib.costs import weight_bytes
-from emq_lib.errors import InvalidBitsError, InvalidParameterError, UnsupportedModelError
-from emq_lib.models import describe_layers
+from emq_lib.core.costs import weight_bytes
+from emq_lib.core.errors import InvalidBitsError, InvalidParameterError, UnsupportedModelError
+from emq_lib.core.graphs import describe_layers
 
 _PASSIVE = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
 
@@ -74,7 +74,7 @@ def plan_bits(
     Raises:
         InvalidBitsError: a width outside 1 to 8.
         InvalidParameterError: a pattern that matches no layer, or a layer that two patterns match; both are named.
-        UnsupportedModelError: nothing to quantize, or see :func:`emq_lib.models.describe_layers`.
+        UnsupportedModelError: nothing to quantize, or see :func:`emq_lib.core.graphs.describe_layers`.
 
     >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 2))
     >>> plan_bits(network, torch.zeros(1, 4), bits={"2": 4}).bits

@@ -17,11 +17,12 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from emq_lib.artefacts import atomic_path, checked_path, record, study_folder, to_json
-from emq_lib.costs import choice_indices, selected
-from emq_lib.errors import InvalidScoreError
+from book.studies.study import checked_path, record, study_folder
+from emq_lib.core.costs import choice_indices, selected
+from emq_lib.core.errors import InvalidScoreError
+from emq_lib.core.files import atomic_path, to_json
+from emq_lib.core.profiles import Profile
 from emq_lib.layer_statistics import LayerStatistics, load_statistics
-from emq_lib.profiles import Profile
 from emq_lib.released import QE_RATIOS, align
 
 RELEASED = ", as released"

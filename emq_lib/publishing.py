@@ -21,10 +21,10 @@ import yaml
 from nbconvert.preprocessors import TagRemovePreprocessor
 from papermill.exceptions import PapermillExecutionError
 
+from book.places import REPOSITORY, repository_address
 from emq_lib import drawings, pages, slides
-from emq_lib.artefacts import REPOSITORY, repository_address
-from emq_lib.errors import EMQError
-from emq_lib.profiles import PRINTED, get_profile
+from emq_lib.core.errors import EMQError
+from emq_lib.core.profiles import PRINTED, get_profile
 
 KERNEL = "python3"
 INJECTED, MEASURING = "injected-parameters", "measures-memory"  # tags of cells that are not the chapter's

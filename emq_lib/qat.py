@@ -18,13 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from emq_lib.artefacts import to_json
 from emq_lib.block_reconstruction import learned_step
-from emq_lib.datasets import Split
-from emq_lib.errors import InvalidParameterError, TrainingDivergedError
-from emq_lib.profiles import TrainingRecipe
-from emq_lib.quantizers import ActivationRange, QuantizedNetwork, QuantizedWeight, build_weight_bank
-from emq_lib.training import label_loss, run_epochs, train_epoch
+from emq_lib.core.bank import build_weight_bank
+from emq_lib.core.datasets import Split
+from emq_lib.core.errors import InvalidParameterError, TrainingDivergedError
+from emq_lib.core.files import to_json
+from emq_lib.core.networks import QuantizedNetwork
+from emq_lib.core.profiles import TrainingRecipe
+from emq_lib.core.quantizers import ActivationRange, QuantizedWeight
+from emq_lib.core.training import label_loss, run_epochs, train_epoch
 
 STEP_RATE = 10.0  # learning rate of the logarithms of steps, in that of the weights
 TEMPERATURE = 2.0  # of the softmax whose outputs are distilled

@@ -16,23 +16,27 @@ import pandas as pd
 import torch
 from torch import nn
 
+from book.studies.rows import PARTIAL, load_network, measure_resumably
+from book.studies.study import checked_path, record, sole_writer, study_folder
 from emq_lib.allocation import Allocation, allocate, budget_for_average_bits
 from emq_lib.approximate import allocate_locally, random_within
-from emq_lib.artefacts import atomic_path, checked_path, record, sole_writer, study_folder
-from emq_lib.bench import Bench, bits_text
+from emq_lib.bench.table import Bench
 from emq_lib.block_reconstruction import PAPER, Settings, reconstruct_in_order
-from emq_lib.costs import CostTable, bops_cost, size_cost
-from emq_lib.datasets import ImageData, Inputs, Split
-from emq_lib.errors import InvalidParameterError, UnsupportedModelError
+from emq_lib.core.bank import WeightBank
+from emq_lib.core.configs import bits_text
+from emq_lib.core.costs import CostTable, bops_cost, size_cost
+from emq_lib.core.datasets import ImageData, Inputs, Split
+from emq_lib.core.errors import InvalidParameterError, UnsupportedModelError
+from emq_lib.core.files import atomic_path
+from emq_lib.core.graphs import fold_batchnorm
+from emq_lib.core.networks import QuantizedNetwork
+from emq_lib.core.profiles import Profile
+from emq_lib.core.quantizers import choose_activation_ranges, quantize
 from emq_lib.experiments import SEARCHED
 from emq_lib.layer_statistics import divergences, one_slot_logits
-from emq_lib.measuring import PARTIAL, load_network, measure_resumably
-from emq_lib.models import fold_batchnorm
 from emq_lib.planning import plan_bits
-from emq_lib.profiles import Profile
 from emq_lib.proxies import score
 from emq_lib.qat import QAT, QatRecipe, train_quantized
-from emq_lib.quantizers import QuantizedNetwork, WeightBank, choose_activation_ranges, quantize
 from emq_lib.reconstruction import adaround, second_moments
 
 METHODS = ("rtn", "adaround", "brecq", "qat")
@@ -248,7 +252,7 @@ def _allocate(
 def build_quantization(profile: Profile, data: ImageData, tables: Mapping[str, Mapping]) -> None:
     """Choose configurations, measure each on the test images of the bench, and write ``quantization.csv``.
 
-    Can be interrupted and called again: see :func:`emq_lib.measuring.measure_resumably`.
+    Can be interrupted and called again: see :func:`book.studies.rows.measure_resumably`.
 
     Args:
         profile: the study; checkpoint and bench must exist.

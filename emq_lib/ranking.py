@@ -15,8 +15,8 @@ from scipy import linalg, stats
 from sklearn.linear_model import RidgeCV
 from sklearn.preprocessing import PolynomialFeatures
 
-from emq_lib.costs import choice_indices
-from emq_lib.errors import InvalidParameterError, InvalidScoreError
+from emq_lib.core.costs import choice_indices
+from emq_lib.core.errors import InvalidParameterError, InvalidScoreError
 
 PERCENTS = (20, 50, 100)
 MINIMUM = 30

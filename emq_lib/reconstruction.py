@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from emq_lib.datasets import Split
-from emq_lib.models import pre_hooks, predict
-from emq_lib.quantizers import QuantizedWeight, WeightBank, build_weight_bank, quantize
+from emq_lib.core.bank import WeightBank, build_weight_bank
+from emq_lib.core.datasets import Split
+from emq_lib.core.graphs import pre_hooks
+from emq_lib.core.models import predict
+from emq_lib.core.quantizers import QuantizedWeight, quantize
 
 ITERATIONS, LEARNING_RATE, WARM_UP = 500, 3e-2, 0.2
 STRETCH = (-0.1, 1.1)  # the sigmoid of a rounding variable is stretched to this range and cut to 0..1

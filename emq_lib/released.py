@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from emq_lib import curvature, saliency
-from emq_lib.datasets import Split
-from emq_lib.models import INPUT_SHAPES, build_model, fold_batchnorm, layer_table
-from emq_lib.profiles import Profile
+from emq_lib.core.datasets import Split
+from emq_lib.core.graphs import fold_batchnorm, layer_table
+from emq_lib.core.models import INPUT_SHAPES, build_model
+from emq_lib.core.profiles import Profile
 
 IMAGES = 128  # the release's batch
 QE_RATIOS = (0.0, 0.0, 1.0, 1.0, 6.0)  # weights of five stages in the released QE score

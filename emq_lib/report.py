@@ -24,10 +24,11 @@ from myst_nb import glue
 from pandas.core.groupby import SeriesGroupBy
 from scipy import stats
 
-from emq_lib.artefacts import REPOSITORY, read_manifest
-from emq_lib.errors import ClaimError, InvalidParameterError
+from book.places import REPOSITORY
+from book.studies.study import read_manifest
+from emq_lib.core.errors import ClaimError, InvalidParameterError
+from emq_lib.core.profiles import PRINTED, Profile, get_profile
 from emq_lib.palette import COLOURS, PLAIN, SAMPLE_COLOURS, shades
-from emq_lib.profiles import PRINTED, Profile, get_profile
 from emq_lib.search_space import Genotype, canonical
 
 

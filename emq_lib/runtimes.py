@@ -15,13 +15,14 @@ import onnxruntime
 import pandas as pd
 import torch
 
+from book.studies.rows import load_folded, load_network
+from book.studies.study import checked_path, record, sole_writer, study_folder
 from emq_lib import export
-from emq_lib.artefacts import atomic_path, checked_path, record, sole_writer, study_folder
-from emq_lib.bench import bits_text, parse_bits
-from emq_lib.datasets import ImageData, Split
-from emq_lib.measuring import load_folded, load_network
-from emq_lib.models import build_model, predict, top1
-from emq_lib.profiles import Profile
+from emq_lib.core.configs import bits_text, parse_bits
+from emq_lib.core.datasets import ImageData, Split
+from emq_lib.core.files import atomic_path
+from emq_lib.core.models import build_model, predict, top1
+from emq_lib.core.profiles import Profile
 from emq_lib.quantization import load_quantization
 from emq_lib.report import mean_with_interval
 

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
+from emq_lib.core.datasets import Split
+from emq_lib.core.errors import InvalidParameterError
 from emq_lib.curvature import cross_entropy_seed, layer_outputs, loss_gradients
-from emq_lib.datasets import Split
-from emq_lib.errors import InvalidParameterError
 
 ZEN_NOISE = 1e-2
 

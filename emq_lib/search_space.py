@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from emq_lib.errors import GenotypeSyntaxError
+from emq_lib.core.errors import GenotypeSyntaxError
 from emq_lib.layer_statistics import LayerStatistics, sampled
 from emq_lib.proxies import AGGREGATIONS, added_logit_changes, clado, score
 

@@ -19,8 +19,8 @@ from nbconvert import SlidesExporter
 from nbformat import NotebookNode, v4
 from pybtex.database import BibliographyData, parse_file
 
-from emq_lib.artefacts import REPOSITORY
-from emq_lib.errors import EMQError
+from book.places import REPOSITORY
+from emq_lib.core.errors import EMQError
 
 CODE = "slide-code"
 SIZE = ("1280", "720")  # of a slide, in pixels

@@ -12,9 +12,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton, which looks only then
 
-from emq_lib import artefacts, bench, layer_statistics, training
-from emq_lib.datasets import load_dataset
-from emq_lib.profiles import get_profile
+from book.studies import bench, checkpoints
+from book.studies.study import record
+from emq_lib import layer_statistics
+from emq_lib.core.datasets import load_dataset
+from emq_lib.core.profiles import get_profile
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +44,7 @@ def built_study(tmp_path_factory, profile, data):
     root = tmp_path_factory.mktemp("studies")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EMQ_STUDY_ROOT", str(root))
-        training.build_checkpoint(profile, data)
+        checkpoints.build_checkpoint(profile, data)
         bench.build_bench(profile, data)
         layer_statistics.build_statistics(profile, data.calibration)
     return root
@@ -79,5 +81,5 @@ def choices(own_study, profile):
     ]
     table = pd.DataFrame(rows).assign(correct_b=1, n_b=2)
     table.to_csv(own_study / "quantization.csv", index=False)
-    artefacts.record(profile, "quantization.csv", command="by hand", seconds=0.0, rows=len(table))
+    record(profile, "quantization.csv", command="by hand", seconds=0.0, rows=len(table))
     return table

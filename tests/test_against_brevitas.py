@@ -7,10 +7,10 @@ from brevitas.core.function_wrapper.learned_round import LearnedRoundHardSigmoid
 from brevitas.core.quant import IntQuant
 from torch import nn
 
-from emq_lib import quantizers
 from emq_lib.block_reconstruction import learned_step
+from emq_lib.core import quantizers
+from emq_lib.core.quantizers import ActivationRange
 from emq_lib.qat import LearnedLayer
-from emq_lib.quantizers import ActivationRange
 from emq_lib.reconstruction import Rounding
 
 

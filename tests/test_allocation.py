@@ -19,8 +19,8 @@ from emq_lib.allocation import (
     relaxation,
     shadow_prices,
 )
-from emq_lib.costs import CostTable, gather
-from emq_lib.errors import InfeasibleBudgetError, InvalidParameterError, InvalidScoreError, UnsolvedAllocationError
+from emq_lib.core.costs import CostTable, gather
+from emq_lib.core.errors import InfeasibleBudgetError, InvalidParameterError, InvalidScoreError, UnsolvedAllocationError
 
 CHOICES = (2, 3, 4)
 

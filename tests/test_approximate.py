@@ -6,8 +6,8 @@ from test_allocation import CHOICES, all_configs, random_problem
 
 from emq_lib import approximate
 from emq_lib.allocation import allocate
-from emq_lib.costs import CostTable, gather
-from emq_lib.errors import InfeasibleBudgetError, InvalidScoreError
+from emq_lib.core.costs import CostTable, gather
+from emq_lib.core.errors import InfeasibleBudgetError, InvalidScoreError
 
 
 def _fitting(configs, costs, budgets):

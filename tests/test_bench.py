@@ -14,10 +14,19 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 
-from emq_lib import bench, measuring, reconstruction
-from emq_lib.artefacts import REPOSITORY, read_manifest, sha256
-from emq_lib.costs import CostTable, size_cost, weight_bytes
-from emq_lib.errors import (
+from book.places import REPOSITORY
+from book.studies import bench
+from book.studies.rows import load_folded, load_network, row_keys
+from book.studies.study import read_manifest
+from emq_lib import reconstruction
+from emq_lib.bench import engine as engine_module
+from emq_lib.bench import remote, sampling
+from emq_lib.bench.engine import MEMORY, _blocks, _CapturedEngine, measure, planned_macs
+from emq_lib.bench.table import Bench
+from emq_lib.core.bank import build_weight_bank
+from emq_lib.core.configs import slot_names
+from emq_lib.core.costs import CostTable, size_cost, weight_bytes
+from emq_lib.core.errors import (
     ConfigLengthError,
     ConfigNotFoundError,
     CorruptArtefactError,
@@ -26,13 +35,16 @@ from emq_lib.errors import (
     InvalidParameterError,
     MissingArtefactError,
 )
-from emq_lib.models import fold_batchnorm, load_checkpoint, predict
-from emq_lib.profiles import get_profile, profile_names
-from emq_lib.quantizers import QuantizedNetwork, build_weight_bank, choose_activation_ranges, fake_quantize
+from emq_lib.core.files import sha256
+from emq_lib.core.graphs import fold_batchnorm
+from emq_lib.core.models import load_checkpoint, predict
+from emq_lib.core.networks import QuantizedNetwork
+from emq_lib.core.profiles import get_profile, profile_names
+from emq_lib.core.quantizers import choose_activation_ranges, fake_quantize
 
 
 def test_sampled_configurations_are_distinct_valid_and_extend():
-    few, many = (bench.sample_configs(6, (2, 3, 4), n, rng=np.random.default_rng(1)) for n in (50, 200))
+    few, many = (sampling.sample_configs(6, (2, 3, 4), n, rng=np.random.default_rng(1)) for n in (50, 200))
     assert many.shape == (203, 6)
     assert len({tuple(row) for row in many}) == 203
     assert set(np.unique(many)) == {2, 3, 4}
@@ -42,14 +54,14 @@ def test_sampled_configurations_are_distinct_valid_and_extend():
 
 def test_more_configurations_than_there_are_is_an_error():
     with pytest.raises(InvalidParameterError, match="only 6 are not uniform"):
-        bench.sample_configs(3, (2, 3), 7, rng=np.random.default_rng(0))
+        sampling.sample_configs(3, (2, 3), 7, rng=np.random.default_rng(0))
 
 
 def test_measuring_agrees_with_the_plain_loop_image_by_image(study, profile, data):
     """Quantize every layer afresh for each configuration, run one forward pass, no sharing, no bank."""
-    network, layers = measuring.load_network(profile, data)
-    configs = bench.sample_configs(6, profile.choices, 20, rng=np.random.default_rng(2))
-    measured = [item for block in measuring.measure(network, data.test, configs, batch_size=300) for item in block]
+    network, layers = load_network(profile, data)
+    configs = sampling.sample_configs(6, profile.choices, 20, rng=np.random.default_rng(2))
+    measured = [item for block in measure(network, data.test, configs, batch_size=300) for item in block]
     assert {item.config for item in measured} == {tuple(map(int, config)) for config in configs}
     searchable = list(layers.loc[layers["searchable"], "name"])
     for item in measured[::5]:
@@ -66,9 +78,9 @@ def test_measuring_agrees_with_the_plain_loop_image_by_image(study, profile, dat
 
 
 def test_sharing_computation_changes_no_bit(study, profile, data):
-    network, _ = measuring.load_network(profile, data)
-    configs = bench.sample_configs(6, profile.choices, 40, rng=np.random.default_rng(4))
-    for block in measuring.measure(network, data.test, configs):
+    network, _ = load_network(profile, data)
+    configs = sampling.sample_configs(6, profile.choices, 40, rng=np.random.default_rng(4))
+    for block in measure(network, data.test, configs):
         for item in block[::9]:
             logits = predict(network.select(item.config), data.test, batch_size=77)
             np.testing.assert_array_equal(item.correct, (logits.argmax(1) == data.test.labels).numpy())
@@ -77,14 +89,14 @@ def test_sharing_computation_changes_no_bit(study, profile, data):
 
 
 def test_less_memory_means_fewer_images_at_once_and_the_same_answers(study, profile, data, monkeypatch):
-    network, _ = measuring.load_network(profile, data)
+    network, _ = load_network(profile, data)
     config = np.array([[2, 3, 4, 4, 3, 2]])
-    ((plenty,),) = measuring.measure(network, data.test, config)
+    ((plenty,),) = measure(network, data.test, config)
     seen = []
     next(iter(network.layers.values())).register_forward_hook(lambda _layer, inputs, _output: seen.append(len(*inputs)))
     widest = 8 * 16 * 16 * 4  # bytes that an image takes after the first layer
-    monkeypatch.setitem(measuring.MEMORY, "cpu", 3 * widest + widest // 2)
-    ((little,),) = measuring.measure(network, data.test, config)
+    monkeypatch.setitem(MEMORY, "cpu", 3 * widest + widest // 2)
+    ((little,),) = measure(network, data.test, config)
     assert max(seen) == 3
     np.testing.assert_array_equal(little.correct, plenty.correct)
     assert little.loss == pytest.approx(plenty.loss, rel=1e-12)
@@ -100,9 +112,9 @@ def _same(found, expected):
 
 def test_recorded_steps_give_the_same_answers(study, profile, data, monkeypatch):
     """What a GPU does, with steps that are computed again instead of replayed."""
-    network, _ = measuring.load_network(profile, data)
-    configs = bench.sample_configs(6, profile.choices, 40, rng=np.random.default_rng(6))
-    expected = list(measuring.measure(network, data.test, configs))
+    network, _ = load_network(profile, data)
+    configs = sampling.sample_configs(6, profile.choices, 40, rng=np.random.default_rng(6))
+    expected = list(measure(network, data.test, configs))
     recorded = []
 
     def record(step, _another):
@@ -117,37 +129,37 @@ def test_recorded_steps_give_the_same_answers(study, profile, data, monkeypatch)
 
         return types.SimpleNamespace(replay=replay)
 
-    monkeypatch.setattr(measuring, "_record", record)
-    engine = measuring._CapturedEngine(network, 100)  # the last batch is not a whole one
+    monkeypatch.setattr(engine_module, "_record", record)
+    engine = _CapturedEngine(network, 100)  # the last batch is not a whole one
     assert len(data.test) % 100
-    _same([engine.measure(data.test, block) for block in measuring._blocks(network, configs)], expected)
+    _same([engine.measure(data.test, block) for block in _blocks(network, configs)], expected)
     assert len(recorded) == len(set(recorded)) < 43 * len(network.pieces) / 2  # once each
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_the_same_answers(study, profile, data):
-    network, layers = measuring.load_network(profile, data)
-    folded = measuring.load_folded(profile, "cuda")
+    network, layers = load_network(profile, data)
+    folded = load_folded(profile, "cuda")
     bank = build_weight_bank(folded, layers, profile.choices)
     there = QuantizedNetwork(folded, bank, network.activation_ranges)
-    configs = bench.sample_configs(6, profile.choices, 40, rng=np.random.default_rng(6))
-    found = measuring.measure(there, data.test.to("cuda"), configs, batch_size=100)
-    _same(found, measuring.measure(network, data.test, configs))
+    configs = sampling.sample_configs(6, profile.choices, 40, rng=np.random.default_rng(6))
+    found = measure(there, data.test.to("cuda"), configs, batch_size=100)
+    _same(found, measure(network, data.test, configs))
 
 
 def test_the_planned_work_is_what_runs(study, profile, data):
-    network, layers = measuring.load_network(profile, data)
-    configs = bench.sample_configs(6, profile.choices, 60, rng=np.random.default_rng(5))
+    network, layers = load_network(profile, data)
+    configs = sampling.sample_configs(6, profile.choices, 60, rng=np.random.default_rng(5))
     macs, ran = layers.set_index("name")["macs"], []
     for name, layer in network.layers.items():
         layer.register_forward_hook(lambda _layer, _inputs, _output, name=name: ran.append(macs[name]))
-    assert sum(len(block) for block in measuring.measure(network, data.test[:4], configs, batch_size=4)) == 63
+    assert sum(len(block) for block in measure(network, data.test[:4], configs, batch_size=4)) == 63
     fresh = fold_batchnorm(load_checkpoint(profile, study / "model.safetensors"))
-    assert measuring.planned_macs(fresh, layers, configs) == sum(ran) < 63 * macs.sum()
+    assert planned_macs(fresh, layers, configs) == sum(ran) < 63 * macs.sum()
 
 
 def test_rows_are_what_the_words_say(study, profile):
-    table = bench.Bench.load(profile).table
+    table = Bench.load(profile).table
     assert len(table) > profile.bench_configs + profile.stratified_configs + 3
     np.testing.assert_allclose(
         table["top1"], 100 * (table["correct_a"] + table["correct_b"]) / (table["n_a"] + table["n_b"])
@@ -166,48 +178,48 @@ def test_rows_are_what_the_words_say(study, profile):
 
 def _count_measured(monkeypatch):
     """Let every call of measure enter the number of its configurations into the list that is returned."""
-    measure, seen = measuring.measure, []
+    measure, seen = remote.measure, []
 
     def counting(network, split, configs, **kwargs):
         seen.append(len(configs))
         return measure(network, split, configs, **kwargs)
 
-    monkeypatch.setattr(measuring, "measure", counting)
+    monkeypatch.setattr(remote, "measure", counting)
     return seen
 
 
 def test_a_bench_of_other_rows_is_extended(own_study, profile, data, monkeypatch):
-    whole = bench.Bench.load(profile).table
+    whole = Bench.load(profile).table
     fewer = dataclasses.replace(profile, bench_configs=200, stratified_configs=40)
     bench.build_bench(fewer, data)
-    assert len(bench.Bench.load(fewer)) < len(whole)
+    assert len(Bench.load(fewer)) < len(whole)
     seen = _count_measured(monkeypatch)
     bench.build_bench(profile, data)
-    pd.testing.assert_frame_equal(bench.Bench.load(profile).table, whole)
+    pd.testing.assert_frame_equal(Bench.load(profile).table, whole)
     assert 0 < sum(seen) <= len(whole) - 200  # what the smaller bench holds is not measured again
 
 
 def test_another_checkpoint_shares_no_row(own_study, profile, data):
     split, configs = data.test, np.full((1, 6), 3)
-    before = measuring.row_keys(profile, data, len(split), configs)
-    assert before == measuring.row_keys(profile, data, len(split), configs)
-    assert before != measuring.row_keys(profile, data, 100, configs)
+    before = row_keys(profile, data, len(split), configs)
+    assert before == row_keys(profile, data, len(split), configs)
+    assert before != row_keys(profile, data, 100, configs)
     other = dataclasses.replace(data, calibration=data.train[-len(data.calibration) :])
-    assert before != measuring.row_keys(profile, other, len(split), configs)
-    assert before != measuring.row_keys(dataclasses.replace(profile, activation_bits=4), data, len(split), configs)
+    assert before != row_keys(profile, other, len(split), configs)
+    assert before != row_keys(dataclasses.replace(profile, activation_bits=4), data, len(split), configs)
     with (own_study / "model.safetensors").open("ab") as file:
         file.write(b" ")
-    assert before != measuring.row_keys(profile, data, len(split), configs)
+    assert before != row_keys(profile, data, len(split), configs)
 
 
 def test_stratified_configurations_are_evenly_spread_in_size(study, profile):
     layers = bench.load_layers(profile)
     size, choices = size_cost(layers, profile.choices), profile.choices
-    configs = bench.stratified_configs(size, choices, 120, rng=np.random.default_rng(3))
+    configs = sampling.stratified_configs(size, choices, 120, rng=np.random.default_rng(3))
     assert len({tuple(config) for config in configs}) == 120
     share = (size.total(configs, choices) - size.smallest) / np.ptp(size.total([[2] * 6, [4] * 6], choices))
     np.testing.assert_allclose(share, (np.arange(120) + 0.5) / 120, atol=0.06)
-    random = bench.sample_configs(6, choices, 120, rng=np.random.default_rng(3))[3:]
+    random = sampling.sample_configs(6, choices, 120, rng=np.random.default_rng(3))[3:]
     spread = (size.total(random, choices) - size.smallest) / np.ptp(size.total([[2] * 6, [4] * 6], choices))
     assert np.std(share) > 1.3 * np.std(spread)
 
@@ -215,7 +227,7 @@ def test_stratified_configurations_are_evenly_spread_in_size(study, profile):
 def test_draws_within_a_strip_of_size_are_uniform():
     """Three layers of one size: configurations of the middle size are drawn equally often."""
     cost = CostTable("size", "bytes", 0.0, np.tile([2.0, 3.0, 4.0], (3, 1)))
-    draws = [bench.stratified_configs(cost, (2, 3, 4), 1, rng=np.random.default_rng(seed)) for seed in range(1_500)]
+    draws = [sampling.stratified_configs(cost, (2, 3, 4), 1, rng=np.random.default_rng(seed)) for seed in range(1_500)]
     found = np.concatenate(draws)
     assert set(found.sum(axis=1)) == {9} or found.sum(axis=1).min() >= 6
     middle = [tuple(row) for row in found if sum(row) == 9]
@@ -226,47 +238,47 @@ def test_draws_within_a_strip_of_size_are_uniform():
 
 def test_a_stratified_sample_can_be_all_there_is():
     cost = CostTable("size", "bytes", 0.0, np.array([[2.0, 3.0, 4.0], [20.0, 30.0, 40.0], [1.0, 9.0, 10.0]]))
-    found = bench.stratified_configs(cost, (2, 3, 4), 26, rng=np.random.default_rng(0), exclude=[(3, 3, 3)])
+    found = sampling.stratified_configs(cost, (2, 3, 4), 26, rng=np.random.default_rng(0), exclude=[(3, 3, 3)])
     assert len({tuple(config) for config in found} | {(3, 3, 3)}) == 27
 
 
 def test_one_off_configurations_change_one_layer_of_the_middle_uniform_one():
-    configs = bench.one_off_configs(4, (2, 3, 4))
+    configs = sampling.one_off_configs(4, (2, 3, 4))
     assert configs.shape == (8, 4)
     assert ((configs != 3).sum(axis=1) == 1).all()
     assert len({tuple(config) for config in configs}) == 8
 
 
 def test_no_configuration_stands_twice(study, profile):
-    table = bench.Bench.load(profile).table
+    table = Bench.load(profile).table
     assert table["config_id"].is_unique
     assert table["key"].is_unique
     assert set(table["sample"]) == {"uniform", "random", "one-off", "stratified"}
 
 
 def test_configurations_with_one_bit_have_few_such_layers():
-    configs = bench.one_bit_configs(18, (2, 3, 4), 300, rng=np.random.default_rng(0))
+    configs = sampling.one_bit_configs(18, (2, 3, 4), 300, rng=np.random.default_rng(0))
     ones = (configs == 1).sum(axis=1)
     assert len(np.unique(configs, axis=0)) == 300
     assert np.bincount(ones, minlength=4)[1:].min() > 70
     assert ones.max() == 3
     assert set(np.unique(configs)) == {1, 2, 3, 4}
     np.testing.assert_array_equal(
-        configs[:100], bench.one_bit_configs(18, (2, 3, 4), 100, rng=np.random.default_rng(0))
+        configs[:100], sampling.one_bit_configs(18, (2, 3, 4), 100, rng=np.random.default_rng(0))
     )
     with pytest.raises(InvalidParameterError, match="1 to 2 layers at 1 bit"):
-        bench.one_bit_configs(2, (2, 3), 5, rng=np.random.default_rng(0))
+        sampling.one_bit_configs(2, (2, 3), 5, rng=np.random.default_rng(0))
 
 
 def test_a_second_quantizer_stands_beside_the_first(own_study, profile, data, monkeypatch):
     monkeypatch.setattr(reconstruction, "ITERATIONS", 100)
     few = dataclasses.replace(profile, bench_configs=30, stratified_configs=15, one_bit_configs=10)
-    nearest = bench.Bench.load(profile).table
+    nearest = Bench.load(profile).table
     with pytest.raises(MissingArtefactError, match="no rows of 'adaround', only of rtn"):
-        bench.Bench.load(profile, quantizer="adaround")
+        Bench.load(profile, quantizer="adaround")
     bench.build_bench(few, data, quantizer="adaround")
-    pd.testing.assert_frame_equal(bench.Bench.load(profile).table, nearest)
-    reconstructed = bench.Bench.load(profile, quantizer="adaround")
+    pd.testing.assert_frame_equal(Bench.load(profile).table, nearest)
+    reconstructed = Bench.load(profile, quantizer="adaround")
     both = reconstructed.table.merge(nearest, on="config_id", suffixes=("_ada", "_rtn"))
     assert len(both) > 30
     assert not set(both["key_ada"]) & set(both["key_rtn"])
@@ -279,7 +291,7 @@ def test_a_second_quantizer_stands_beside_the_first(own_study, profile, data, mo
 
 
 def test_filtering_sampling_and_the_best_under_a_budget(study, profile):
-    measured = bench.Bench.load(profile)
+    measured = Bench.load(profile)
     table = measured.to_pandas()
     middle = table["size_bytes"].median()
     small = measured.within(size=(0, middle))
@@ -300,7 +312,7 @@ def test_filtering_sampling_and_the_best_under_a_budget(study, profile):
 
 def test_every_slot_has_one_name_whatever_shares_its_width():
     layers = bench.load_layers(get_profile("cifar10-resnet18"))
-    names = bench.slot_names(layers)
+    names = slot_names(layers)
     assert len(names) == 18  # the paper's
     assert "layer2.0.conv2" in names
     assert not any("downsample" in name for name in names)
@@ -308,7 +320,7 @@ def test_every_slot_has_one_name_whatever_shares_its_width():
 
 
 def test_query_finds_rows_and_names_bad_configurations(study, profile):
-    measured = bench.Bench.load("digits-resnet8")
+    measured = Bench.load("digits-resnet8")
     row = measured.table.iloc[11]
     assert measured.query(row["bits"])["config_id"] == row["config_id"]
     with pytest.raises(ConfigLengthError):
@@ -325,7 +337,7 @@ def test_query_finds_rows_and_names_bad_configurations(study, profile):
 
 
 def test_halves_are_disjoint_complete_and_repeatable(study, profile):
-    measured = bench.Bench.load(profile)
+    measured = Bench.load(profile)
     search, heldout = measured.split()
     again, _ = measured.split()
     other, _ = measured.split(rng=np.random.default_rng(5))
@@ -340,21 +352,21 @@ def test_missing_truncated_and_altered_benches_are_named(own_study, profile):
     content = path.read_bytes()
     path.write_bytes(content[:-100])
     with pytest.raises(CorruptArtefactError, match=r"SHA-256.*REBUILD=True"):
-        bench.Bench.load(profile)
+        Bench.load(profile)
     manifest = read_manifest(profile)
     manifest["bench.parquet"]["sha256"] = sha256(path)
     (own_study / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CorruptArtefactError, match="is not a parquet file"):
-        bench.Bench.load(profile)
+        Bench.load(profile)
     (own_study / "manifest.json").write_text("{")
     with pytest.raises(CorruptArtefactError, match="not valid JSON"):
-        bench.Bench.load(profile)
+        Bench.load(profile)
     (own_study / "manifest.json").write_text("{}")
     with pytest.raises(MissingArtefactError, match="nothing vouches for it"):
-        bench.Bench.load(profile)
+        Bench.load(profile)
     path.unlink()
     with pytest.raises(MissingArtefactError, match="does not exist"):
-        bench.Bench.load(profile)
+        Bench.load(profile)
 
 
 @pytest.mark.parametrize("name", profile_names())
@@ -379,9 +391,9 @@ def test_published_rows_are_measured_again_on_the_real_images(cifar10, monkeypat
     """Rounding ties may fall otherwise on another processor, so a few images may differ."""
     monkeypatch.delenv("EMQ_STUDY_ROOT", raising=False)
     profile, data = cifar10
-    rows = bench.Bench.load(profile).table.iloc[[1, 200]]
-    network, _ = measuring.load_network(profile, data)
-    (measured,) = measuring.measure(network, data.test, np.stack(rows["bits"].to_numpy()))
+    rows = Bench.load(profile).table.iloc[[1, 200]]
+    network, _ = load_network(profile, data)
+    (measured,) = measure(network, data.test, np.stack(rows["bits"].to_numpy()))
     correct = {item.config: int(item.correct.sum()) for item in measured}
     for row in rows.itertuples():
         assert correct[tuple(row.bits)] == pytest.approx(row.correct_a + row.correct_b, abs=5)

@@ -1,8 +1,8 @@
 """Data cards say what is in the files, and say so when there are none."""
 
-from emq_lib.bench import Bench
+from emq_lib.bench.table import Bench
 from emq_lib.cards import describe
-from emq_lib.profiles import get_profile
+from emq_lib.core.profiles import get_profile
 
 
 def test_a_card_says_what_the_study_holds(study, profile):

@@ -5,8 +5,11 @@ import dataclasses
 import pandas as pd
 import pytest
 
-from emq_lib import bench, checks, measuring, reconstruction
-from emq_lib.errors import InvalidParameterError
+from book.studies import bench, checks
+from emq_lib import reconstruction
+from emq_lib.bench import remote
+from emq_lib.bench.table import Bench
+from emq_lib.core.errors import InvalidParameterError
 
 
 @pytest.fixture
@@ -24,7 +27,7 @@ def test_draw_zero_is_the_bench_and_other_draws_are_not(own_study, profile, data
         with pytest.raises(KeyboardInterrupt):
             checks.build_checks(profile, data)
     assert not (own_study / "checks.csv").exists()
-    monkeypatch.setattr(measuring, "measure", _interrupted)  # all but the last check is on disk
+    monkeypatch.setattr(remote, "measure", _interrupted)  # all but the last check is on disk
     checks.build_checks(profile, data)
     table = checks.load_checks(profile)
     assert table.groupby(["quantizer", "draw"]).size().to_dict() == {
@@ -32,7 +35,7 @@ def test_draw_zero_is_the_bench_and_other_draws_are_not(own_study, profile, data
         ("in order", 0): 2,
     }
     for quantizer in ("rtn", "adaround"):
-        rows = bench.Bench.load(profile, quantizer=quantizer).table.set_index("config_id")
+        rows = Bench.load(profile, quantizer=quantizer).table.set_index("config_id")
         own = table[(table["quantizer"] == quantizer) & (table["draw"] == 0)].set_index("bits")
         pd.testing.assert_series_equal(own["loss"], rows.loc[own.index, "loss"], check_names=False)
         other = table[(table["quantizer"] == quantizer) & (table["draw"] == 1)].set_index("bits")

@@ -4,13 +4,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from book.studies.checks import with_calibration
+from book.studies.rows import load_folded, load_network
+from book.studies.study import read_manifest
 from emq_lib import comparison
-from emq_lib.artefacts import read_manifest
-from emq_lib.bench import bits_text, parse_bits
+from emq_lib.bench.engine import measure
 from emq_lib.block_reconstruction import Settings
-from emq_lib.checks import with_calibration
-from emq_lib.measuring import load_folded, load_network, measure
-from emq_lib.models import predict, top1
+from emq_lib.core.configs import bits_text, parse_bits
+from emq_lib.core.models import predict, top1
 
 SHORT = Settings(iterations=5, activation_iterations=2)
 

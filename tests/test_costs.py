@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from emq_lib import costs
-from emq_lib.errors import ConfigLengthError, InvalidBitsError
+from emq_lib.core import costs
+from emq_lib.core.errors import ConfigLengthError, InvalidBitsError
 
 LAYERS = pd.DataFrame(
     {

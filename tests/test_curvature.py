@@ -8,9 +8,10 @@ from torch import nn
 from torch.func import functional_call, hessian
 
 from emq_lib import curvature
-from emq_lib.datasets import Split
-from emq_lib.errors import InvalidParameterError, UnsupportedModelError
-from emq_lib.models import fold_batchnorm, layer_table, load_checkpoint
+from emq_lib.core.datasets import Split
+from emq_lib.core.errors import InvalidParameterError, UnsupportedModelError
+from emq_lib.core.graphs import fold_batchnorm, layer_table
+from emq_lib.core.models import load_checkpoint
 
 NAME = "layer1.0.conv1"
 

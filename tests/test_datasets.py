@@ -9,9 +9,12 @@ import torch
 from PIL import Image
 from torchvision.models import ResNet18_Weights, resnet18
 
-from emq_lib import bench, datasets, measuring, models, training
-from emq_lib.errors import DatasetMismatchError, DatasetNotFoundError
-from emq_lib.profiles import get_profile
+from book.studies import bench, checkpoints
+from book.studies.rows import load_network
+from emq_lib.bench.table import Bench
+from emq_lib.core import datasets, graphs, models
+from emq_lib.core.errors import DatasetMismatchError, DatasetNotFoundError
+from emq_lib.core.profiles import get_profile
 
 
 def _rows(split):
@@ -124,7 +127,7 @@ def tiny_imagenet(tmp_path, monkeypatch):
     monkeypatch.setenv("EMQ_DATA_ROOT", str(tmp_path / "images"))
     monkeypatch.setenv("EMQ_STUDY_ROOT", str(tmp_path / "studies"))
     monkeypatch.setitem(models.MODELS, "imagenet-resnet18", lambda: resnet18(num_classes=3))
-    monkeypatch.setattr(training, "load_pretrained", lambda profile: models.build_model(profile).eval())
+    monkeypatch.setattr(checkpoints, "load_pretrained", lambda profile: models.build_model(profile).eval())
     profile = get_profile("imagenet-resnet18")
     return dataclasses.replace(profile, calibration_images=8, bench_configs=2, stratified_configs=1)
 
@@ -132,10 +135,10 @@ def tiny_imagenet(tmp_path, monkeypatch):
 def test_a_tree_of_imagenets_form_gives_a_bench(tiny_imagenet, monkeypatch):
     data = datasets.load_dataset(tiny_imagenet)
     assert [len(data.calibration), len(data.test), data.classes] == [8, 6, 3]
-    training.build_checkpoint(tiny_imagenet, data)
+    checkpoints.build_checkpoint(tiny_imagenet, data)
     monkeypatch.setattr(bench, "one_off_configs", lambda slots, choices: np.full((1, slots), 3, dtype=np.int8))
     bench.build_bench(tiny_imagenet, data)
-    table = bench.Bench.load(tiny_imagenet).table
+    table = Bench.load(tiny_imagenet).table
     assert len(table) == 6
     assert table["n_a"].eq(3).all()
     assert table["bits"].map(len).eq(19).all()
@@ -145,11 +148,11 @@ def test_a_broken_imagenet_tree_is_named(tiny_imagenet, tmp_path):
     root = tmp_path / "images" / "imagenet"
     with pytest.raises(DatasetNotFoundError, match="has 12 images; calibration needs 20"):
         datasets.load_dataset(dataclasses.replace(tiny_imagenet, calibration_images=20))
-    two = models.layer_table(models.build_model(tiny_imagenet), tiny_imagenet)["channels"].iloc[-1] - 1
+    two = graphs.layer_table(models.build_model(tiny_imagenet), tiny_imagenet)["channels"].iloc[-1] - 1
     data = datasets.load_dataset(tiny_imagenet)
-    training.build_checkpoint(tiny_imagenet, data)
+    checkpoints.build_checkpoint(tiny_imagenet, data)
     with pytest.raises(DatasetMismatchError, match="2 classes, but the checkpoint .* tells 3 apart"):
-        measuring.load_network(tiny_imagenet, dataclasses.replace(data, classes=int(two)))
+        load_network(tiny_imagenet, dataclasses.replace(data, classes=int(two)))
     (root / "val" / "n04").mkdir()
     with pytest.raises(DatasetNotFoundError, match="n04"):
         datasets.load_dataset(tiny_imagenet)

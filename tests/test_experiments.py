@@ -6,11 +6,11 @@ import shutil
 import numpy as np
 import pytest
 
+from book.studies.study import read_manifest
 from emq_lib import experiments, ranking
-from emq_lib.artefacts import read_manifest
-from emq_lib.bench import Bench
-from emq_lib.errors import CorruptArtefactError, InvalidParameterError, MissingArtefactError
-from emq_lib.profiles import EvolutionBudget
+from emq_lib.bench.table import Bench
+from emq_lib.core.errors import CorruptArtefactError, InvalidParameterError, MissingArtefactError
+from emq_lib.core.profiles import EvolutionBudget
 from emq_lib.search_space import parse
 
 

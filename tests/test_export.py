@@ -16,14 +16,17 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from emq_lib import export, models
-from emq_lib.costs import size_cost
-from emq_lib.errors import CorruptArtefactError, InvalidBitsError, InvalidParameterError, MissingArtefactError
+from book.studies.rows import load_network
+from emq_lib import export
+from emq_lib.core import models
+from emq_lib.core.bank import build_weight_bank
+from emq_lib.core.costs import size_cost
+from emq_lib.core.errors import CorruptArtefactError, InvalidBitsError, InvalidParameterError, MissingArtefactError
+from emq_lib.core.graphs import fold_batchnorm, layer_table
+from emq_lib.core.models import build_model
+from emq_lib.core.quantizers import QuantizedWeight, quantize
 from emq_lib.export import header_bytes, load_packed, pack_codes, payload_bytes, save_packed, unpack_codes
-from emq_lib.measuring import load_network
-from emq_lib.models import build_model, fold_batchnorm, layer_table
 from emq_lib.quantization import quantize_model
-from emq_lib.quantizers import QuantizedWeight, build_weight_bank, quantize
 
 
 def small_network() -> tuple[dict[str, QuantizedWeight], dict[str, torch.Tensor | None]]:

@@ -13,10 +13,10 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from book.places import REPOSITORY
+from book.studies.bench import has_study
 from emq_lib import publishing, report
-from emq_lib.artefacts import REPOSITORY
-from emq_lib.bench import has_study
-from emq_lib.profiles import get_profile
+from emq_lib.core.profiles import get_profile
 
 CHAPTERS = publishing.chapter_names()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from emq_lib import kernels
-from emq_lib.errors import InvalidParameterError
+from emq_lib.core.errors import InvalidParameterError
 from emq_lib.search_space import BINARIES, UNARIES
 
 CHOICES, LENGTHS = (2, 3, 4), (5, 1_200, 64)  # one layer longer than a tile

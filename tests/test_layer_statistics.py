@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.func import functional_call
 
+from book.studies.study import record, save_tensors
 from emq_lib import layer_statistics as ls
-from emq_lib.artefacts import record, save_tensors
-from emq_lib.errors import CorruptArtefactError, InvalidParameterError, UnsupportedModelError
-from emq_lib.quantizers import fake_quantize
+from emq_lib.core.errors import CorruptArtefactError, InvalidParameterError, UnsupportedModelError
+from emq_lib.core.quantizers import fake_quantize
 
 NAME = "layer1.0.conv1"
 

@@ -1,6 +1,7 @@
 """Long measurements: killed and resumed, on two processes, on a full disk, and two at once."""
 
 import dataclasses
+import inspect
 import os
 import resource
 import signal
@@ -11,9 +12,12 @@ import time
 
 import pytest
 
-from emq_lib import artefacts, bench, measuring
-from emq_lib.artefacts import REPOSITORY, atomic_path, sha256
-from emq_lib.errors import DiskFullError, StudyBusyError
+from book.places import REPOSITORY
+from book.studies import bench
+from book.studies.rows import PARTIAL, PartialRows, code_version
+from emq_lib.bench.table import Bench
+from emq_lib.core.errors import DiskFullError, StudyBusyError
+from emq_lib.core.files import atomic_path, sha256
 
 RUN = """
     import dataclasses
@@ -55,13 +59,13 @@ def _wait_for_lines(path, count, process):
 
 
 def test_killed_outright_and_resumed_ends_with_the_same_bytes(own_study, small, data, whole):
-    partial = own_study / measuring.PARTIAL
+    partial = own_study / PARTIAL
     process = _start(own_study)
     _wait_for_lines(partial, 3, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (own_study / "bench.parquet").exists()
-    done = len(measuring.PartialRows(partial).read())
+    done = len(PartialRows(partial).read())
     assert done >= 12
     partial.write_text(partial.read_text() + '{"rows": {"0123": {"top1": 12')  # as if it had died while writing
     bench.build_bench(small, data)
@@ -71,21 +75,21 @@ def test_killed_outright_and_resumed_ends_with_the_same_bytes(own_study, small, 
 
 def test_a_lost_worker_costs_only_its_unfinished_rows(own_study, small, whole):
     distributed = pytest.importorskip("distributed")
-    partial = own_study / measuring.PARTIAL
+    partial = own_study / PARTIAL
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
         process = _start(own_study, cluster.scheduler_address)
         _wait_for_lines(partial, 3, process)
-        before = measuring.PartialRows(partial).read()
+        before = PartialRows(partial).read()
         os.kill(cluster.workers[0].pid, signal.SIGKILL)
         assert process.wait(timeout=120) == 0
     assert sha256(own_study / "bench.parquet") == whole
-    table = bench.Bench.load(small).table.set_index("key")
+    table = Bench.load(small).table.set_index("key")
     assert all(table.loc[key, "loss"] == row["loss"] for key, row in before.items())
 
 
 def test_two_runs_cannot_write_one_study(own_study, small, data, whole):
     process = _start(own_study)
-    _wait_for_lines(own_study / measuring.PARTIAL, 1, process)
+    _wait_for_lines(own_study / PARTIAL, 1, process)
     with pytest.raises(StudyBusyError, match="Another run is writing the study"):
         bench.build_bench(small, data)
     assert process.wait(timeout=120) == 0
@@ -101,7 +105,7 @@ def small_disk():
 
 
 def test_a_full_disk_loses_no_finished_row(tmp_path, small_disk):
-    rows, written = measuring.PartialRows(tmp_path / "rows.jsonl"), {}
+    rows, written = PartialRows(tmp_path / "rows.jsonl"), {}
 
     def fill():
         for index in range(1_000):
@@ -112,7 +116,7 @@ def test_a_full_disk_loses_no_finished_row(tmp_path, small_disk):
     with pytest.raises(DiskFullError, match="No room to write"):
         fill()
     assert 10 < len(written) < 1_000
-    again = measuring.PartialRows(tmp_path / "rows.jsonl")
+    again = PartialRows(tmp_path / "rows.jsonl")
     assert again.read() == written
     assert again.seconds == 0.5 * len(written)
 
@@ -128,10 +132,10 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path, small_disk):
 
 def test_the_code_version_ignores_comments_and_docstrings(monkeypatch):
     source = {"text": 'def f(x):\n    """Doc."""\n    return x  # comment\n'}
-    monkeypatch.setattr(artefacts.inspect, "getsource", lambda part: source["text"])
-    first = measuring.code_version.__wrapped__("rtn")
+    monkeypatch.setattr(inspect, "getsource", lambda part: source["text"])
+    first = code_version.__wrapped__("rtn")
     source["text"] = "def f(x):\n    return x\n"
-    assert measuring.code_version.__wrapped__("rtn") == first
-    assert measuring.code_version.__wrapped__("adaround") != first  # its own code counts too
+    assert code_version.__wrapped__("rtn") == first
+    assert code_version.__wrapped__("adaround") != first  # its own code counts too
     source["text"] = "def f(x):\n    return x + 1\n"
-    assert measuring.code_version.__wrapped__("rtn") != first
+    assert code_version.__wrapped__("rtn") != first

@@ -9,10 +9,12 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from emq_lib import measuring, models, quantizers
-from emq_lib.datasets import Split
-from emq_lib.errors import CorruptArtefactError, InvalidParameterError, UnsupportedModelError
-from emq_lib.profiles import get_profile
+from emq_lib.bench import engine
+from emq_lib.core import graphs, models, networks, quantizers
+from emq_lib.core.bank import build_weight_bank
+from emq_lib.core.datasets import Split
+from emq_lib.core.errors import CorruptArtefactError, InvalidParameterError, UnsupportedModelError
+from emq_lib.core.profiles import get_profile
 
 RESNET20 = get_profile("cifar10-resnet20")
 
@@ -28,13 +30,13 @@ def resnet20():
 
 def test_folding_keeps_the_function(resnet20):
     x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    folded = models.fold_batchnorm(resnet20)
+    folded = graphs.fold_batchnorm(resnet20)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
     torch.testing.assert_close(folded(x), resnet20(x), rtol=1e-4, atol=1e-5)
 
 
 def test_macs_agree_with_torchs_own_counter(resnet20):
-    layers = models.layer_table(models.fold_batchnorm(resnet20), RESNET20)
+    layers = graphs.layer_table(graphs.fold_batchnorm(resnet20), RESNET20)
     with FlopCounterMode(display=False) as counter:
         resnet20(torch.zeros(1, 3, 32, 32))
     assert 2 * layers["macs"].sum() == counter.get_total_flops()
@@ -42,15 +44,15 @@ def test_macs_agree_with_torchs_own_counter(resnet20):
 
 def test_resnet20_has_the_published_number_of_weights(resnet20):
     assert sum(p.numel() for p in resnet20.parameters()) == 269_722  # 0.27 M, He et al. 2016, table 6
-    layers = models.layer_table(models.fold_batchnorm(resnet20), RESNET20)
+    layers = graphs.layer_table(graphs.fold_batchnorm(resnet20), RESNET20)
     assert list(layers["searchable"]) == [False] + [True] * 18 + [False]
     assert list(layers.loc[layers["searchable"], "slot"]) == list(range(18))
 
 
 def test_pieces_in_a_row_are_the_network(resnet20):
-    folded = models.fold_batchnorm(resnet20)
-    names = list(models.layer_table(folded, RESNET20)["name"])
-    pieces = models.segments(folded, names)
+    folded = graphs.fold_batchnorm(resnet20)
+    names = list(graphs.layer_table(folded, RESNET20)["name"])
+    pieces = graphs.segments(folded, names)
     assert [name for _, held in pieces for name in held] == names
     assert len(pieces) == 11  # stem, nine blocks, classifier
     x = y = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
@@ -74,16 +76,16 @@ def test_every_profile_is_quantized_like_the_plain_loop(name, layers, slots, wei
     model = models.build_model(profile).eval()
     assert sum(p.numel() for p in model.parameters()) == weights
     _spread_batchnorms(model)
-    folded = models.fold_batchnorm(model)
-    table = models.layer_table(folded, profile)
+    folded = graphs.fold_batchnorm(model)
+    table = graphs.layer_table(folded, profile)
     assert len(table) == layers
     assert table["slot"].max() + 1 == slots
     generator = torch.Generator().manual_seed(3)
     images = torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8, generator=generator)
     split = Split(images, torch.randint(10, (24,), generator=generator), torch.full((3,), 0.5), torch.full((3,), 0.25))
-    bank = quantizers.build_weight_bank(folded, table, profile.choices)
+    bank = build_weight_bank(folded, table, profile.choices)
     ranges = quantizers.choose_activation_ranges(folded, table, split, bits=8)
-    network = quantizers.QuantizedNetwork(models.fold_batchnorm(model), bank, ranges)
+    network = networks.QuantizedNetwork(graphs.fold_batchnorm(model), bank, ranges)
     config = np.random.default_rng(4).choice(profile.choices, size=slots)
     for layer, bits in bank.widths(config).items():
         module = folded.get_submodule(layer)
@@ -92,7 +94,7 @@ def test_every_profile_is_quantized_like_the_plain_loop(name, layers, slots, wei
     truth = models.predict(folded, split)
     whole = models.predict(network.select(config), split)
     assert (whole - truth).abs().mean() < 0.02 * truth.std()  # rounding ties fall either way
-    (measured,) = measuring.measure(network, split, config[None], batch_size=24)
+    (measured,) = engine.measure(network, split, config[None], batch_size=24)
     np.testing.assert_array_equal(measured[0].correct, (whole.argmax(dim=1) == split.labels).numpy())
 
 
@@ -107,7 +109,7 @@ def _spread_batchnorms(model):
 
 def test_tied_layers_follow_their_blocks_second_convolution():
     profile = get_profile("cifar10-resnet18")
-    table = models.layer_table(models.fold_batchnorm(models.build_model(profile)), profile).set_index("name")
+    table = graphs.layer_table(graphs.fold_batchnorm(models.build_model(profile)), profile).set_index("name")
     paper = ["conv1"] + [f"layer{s}.{b}.conv{c}" for s in (1, 2, 3, 4) for b in (0, 1) for c in (1, 2)] + ["fc"]
     assert [table.loc[name, "slot"] for name in paper] == list(range(18))
     assert [table.loc[f"layer{s}.0.downsample.0", "slot"] for s in (2, 3, 4)] == [6, 10, 14]
@@ -115,14 +117,14 @@ def test_tied_layers_follow_their_blocks_second_convolution():
 
 def test_a_tie_to_a_pinned_layer_is_refused(resnet20):
     with pytest.raises(UnsupportedModelError, match=r"tied to \['conv1'\]"):
-        models.layer_table(resnet20, dataclasses.replace(RESNET20, tied=(("layer1.0.conv1", "conv1"),)))
+        graphs.layer_table(resnet20, dataclasses.replace(RESNET20, tied=(("layer1.0.conv1", "conv1"),)))
 
 
 def test_two_layers_with_one_weight_are_named(resnet20):
     model = models.build_model(RESNET20)
     model.layer1[1].conv1.weight = model.layer1[0].conv1.weight
     with pytest.raises(UnsupportedModelError, match=r"'layer1\.0\.conv1', 'layer1\.1\.conv1'\] share one weight"):
-        models.layer_table(model, RESNET20)
+        graphs.layer_table(model, RESNET20)
 
 
 def test_same_seed_same_weights():
@@ -140,12 +142,12 @@ def test_a_layer_that_runs_twice_is_named():
             return self.conv(self.conv(x)).mean(dim=(2, 3))
 
     with pytest.raises(UnsupportedModelError, match=r"\['conv'\] run more than once"):
-        models.layer_table(Twice(), dataclasses.replace(RESNET20, pinned=()))
+        graphs.layer_table(Twice(), dataclasses.replace(RESNET20, pinned=()))
 
 
 def test_an_unknown_pinned_layer_is_named(resnet20):
     with pytest.raises(UnsupportedModelError, match=r"profile 'cifar10-resnet20': \['stem'\] are to be pinned"):
-        models.layer_table(resnet20, dataclasses.replace(RESNET20, pinned=(("stem", 8),)))
+        graphs.layer_table(resnet20, dataclasses.replace(RESNET20, pinned=(("stem", 8),)))
 
 
 def test_an_unknown_model_is_named():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from emq_lib.errors import InvalidBitsError, InvalidParameterError, UnsupportedModelError
+from emq_lib.core.errors import InvalidBitsError, InvalidParameterError, UnsupportedModelError
 from emq_lib.planning import plan_bits
 
 

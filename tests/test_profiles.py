@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from emq_lib.errors import InvalidBitsError, UnknownProfileError
-from emq_lib.profiles import get_profile
+from emq_lib.core.errors import InvalidBitsError, UnknownProfileError
+from emq_lib.core.profiles import get_profile
 
 
 def test_unknown_profile_lists_the_known_ones():

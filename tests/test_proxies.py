@@ -6,8 +6,9 @@ import itertools
 import numpy as np
 import pytest
 
-from emq_lib import bench, curvature, layer_statistics, proxies
-from emq_lib.errors import InvalidScoreError
+from emq_lib import curvature, layer_statistics, proxies
+from emq_lib.bench.table import Bench
+from emq_lib.core.errors import InvalidScoreError
 from emq_lib.layer_statistics import load_statistics
 
 
@@ -127,7 +128,7 @@ def test_unknown_proxy_lists_the_known_ones(statistics):
 def test_stored_scores_are_those_of_the_configurations(own_study, profile):
     proxies.build_proxies(profile)
     scores, facts = proxies.load_proxies(profile)
-    table = bench.Bench.load(profile).table
+    table = Bench.load(profile).table
     assert set(scores.index) == set(table["config_id"])
     for name, fact in facts.items():
         if fact["table"].shape == (6, 3):

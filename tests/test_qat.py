@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from emq_lib import qat, training
-from emq_lib.errors import CorruptArtefactError, InvalidParameterError, TrainingDivergedError
-from emq_lib.measuring import load_folded, load_network
-from emq_lib.models import predict, top1
-from emq_lib.quantizers import ActivationRange, QuantizedLayer, quantize
+from book.studies.rows import load_folded, load_network
+from emq_lib import qat
+from emq_lib.core import training
+from emq_lib.core.errors import CorruptArtefactError, InvalidParameterError, TrainingDivergedError
+from emq_lib.core.models import predict, top1
+from emq_lib.core.networks import QuantizedLayer
+from emq_lib.core.quantizers import ActivationRange, quantize
 
 SHORT = qat.QatRecipe(epochs=2, batch_size=64, crop_padding=1, flip=False, precision="float32")
 

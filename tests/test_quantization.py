@@ -9,16 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from emq_lib import bench, models, quantization
-from emq_lib.artefacts import checked_path
+from book.studies import bench
+from book.studies.rows import load_network
+from book.studies.study import checked_path
+from emq_lib import quantization
 from emq_lib.block_reconstruction import LAPTOP
-from emq_lib.costs import size_cost
-from emq_lib.errors import InfeasibleBudgetError, InvalidParameterError, UnsupportedModelError
+from emq_lib.core import graphs, models
+from emq_lib.core.configs import parse_bits
+from emq_lib.core.costs import size_cost
+from emq_lib.core.errors import InfeasibleBudgetError, InvalidParameterError, UnsupportedModelError
+from emq_lib.core.quantizers import fake_quantize
 from emq_lib.layer_statistics import load_statistics
-from emq_lib.measuring import load_network
 from emq_lib.proxies import score_table
 from emq_lib.qat import QatRecipe
-from emq_lib.quantizers import fake_quantize
 
 
 @pytest.fixture
@@ -41,7 +44,7 @@ def test_chosen_bits_are_the_best_of_all_within_the_size(model, data):
     """Independent truth: divergences by plain passes through changed copies, and every configuration tried."""
     images, choices = data.calibration[:64], (2, 3, 4)
     bits = quantization.choose_bits(model, images, average_bits=2.6, choices=choices)
-    folded = models.fold_batchnorm(copy.deepcopy(model))
+    folded = graphs.fold_batchnorm(copy.deepcopy(model))
     wanted, kl = models.predict(folded, images).log_softmax(dim=1), np.zeros((len(bits), len(choices)))
     sizes = np.array([folded.get_submodule(name).weight.numel() for name in bits])
     for slot, name in enumerate(bits):
@@ -130,7 +133,7 @@ def test_choices_keep_their_budgets_and_name_every_method(size, profile, study):
     tables = {name: facts | {"table": score_table(name, statistics)} for name in names}
     tables["CLADO"] = facts | {"table": score_table("CLADO", statistics), "separable": False}
     chosen = quantization.choose_configurations(profile, tables, size)
-    configs = np.array([bench.parse_bits(text) for text in chosen["bits"]])
+    configs = np.array([parse_bits(text) for text in chosen["bits"]])
     assert (size.total(configs, profile.choices) <= chosen["budget_bytes"]).all()
     assert set(chosen["proxy"]) == {*names, "CLADO", "random"}
     assert set(chosen.query("proxy == 'one-layer KL'")["average_bits"]) == set(profile.budgets)

@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from emq_lib import quantizers
-from emq_lib.costs import size_cost
-from emq_lib.errors import ConfigLengthError, InvalidBitsError, UnsupportedModelError
-from emq_lib.measuring import load_network
-from emq_lib.models import build_model, fold_batchnorm, layer_table, load_checkpoint
-from emq_lib.profiles import get_profile
+from book.studies.rows import load_network
+from emq_lib.core import networks, quantizers
+from emq_lib.core.bank import build_weight_bank
+from emq_lib.core.costs import size_cost
+from emq_lib.core.errors import ConfigLengthError, InvalidBitsError, UnsupportedModelError
+from emq_lib.core.graphs import fold_batchnorm, layer_table
+from emq_lib.core.models import build_model, load_checkpoint
+from emq_lib.core.profiles import get_profile
 
 
 def _weight(seed, shape=(6, 5, 3, 3)):
@@ -141,7 +143,7 @@ def test_a_quantized_layer_computes_exact_sums(layer, shape, zero_point, bits):
     weight = quantizers.quantize(layer.weight, bits)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(7))
     with torch.inference_mode():
-        found = quantizers.QuantizedLayer(layer, {bits: weight}, activation_range)(x)
+        found = networks.QuantizedLayer(layer, {bits: weight}, activation_range)(x)
         codes = (x * (1 / 0.03)).round().clamp(-zero_point, 255 - zero_point)
         exact = copy.deepcopy(layer).double()
         exact.weight.data, exact.bias = weight.integers().double(), None
@@ -155,7 +157,7 @@ def test_tied_layers_take_the_bits_of_their_slot():
     profile = dataclasses.replace(get_profile("digits-resnet8"), tied=(("layer2.0.conv1", "layer1.0.conv2"),))
     model = fold_batchnorm(build_model(profile))
     layers = layer_table(model, profile)
-    bank = quantizers.build_weight_bank(model, layers, profile.choices)
+    bank = build_weight_bank(model, layers, profile.choices)
     assert bank.slot_count == 5
     widths = bank.widths((2, 3, 4, 2, 3))
     assert widths["layer2.0.conv1"] == widths["layer1.0.conv2"] == 3

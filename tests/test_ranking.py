@@ -8,7 +8,7 @@ from scipy import stats
 from sklearn.linear_model import LinearRegression
 
 from emq_lib import ranking
-from emq_lib.errors import ConfigLengthError, InvalidBitsError, InvalidParameterError, InvalidScoreError
+from emq_lib.core.errors import ConfigLengthError, InvalidBitsError, InvalidParameterError, InvalidScoreError
 
 CHOICES = (2, 3, 4)
 

@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch import nn
 
+from book.studies.rows import load_network
 from emq_lib import block_reconstruction, reconstruction
 from emq_lib.block_reconstruction import LAPTOP, WEIGHTS_ONLY
-from emq_lib.datasets import Split
-from emq_lib.measuring import load_network
-from emq_lib.models import fold_batchnorm, layer_table, load_checkpoint, predict, top1
-from emq_lib.quantizers import QuantizedNetwork, build_weight_bank, choose_activation_ranges, quantize
+from emq_lib.core.bank import build_weight_bank
+from emq_lib.core.datasets import Split
+from emq_lib.core.graphs import fold_batchnorm, layer_table
+from emq_lib.core.models import load_checkpoint, predict, top1
+from emq_lib.core.networks import QuantizedNetwork
+from emq_lib.core.quantizers import choose_activation_ranges, quantize
 from emq_lib.reconstruction import adaround, build_adaround_bank, output_error, second_moments
 
 

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from emq_lib import proxies, released
+from emq_lib.core.graphs import layer_table
+from emq_lib.core.models import build_model
 from emq_lib.layer_statistics import load_statistics
-from emq_lib.models import build_model, layer_table
 
 CHOICES = (2, 3, 4)
 

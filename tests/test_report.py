@@ -4,8 +4,8 @@ import pandas as pd
 import pytest
 
 from emq_lib import report
-from emq_lib.errors import ClaimError, InvalidParameterError, UnknownProfileError
-from emq_lib.profiles import get_profile
+from emq_lib.core.errors import ClaimError, InvalidParameterError, UnknownProfileError
+from emq_lib.core.profiles import get_profile
 
 
 @pytest.fixture

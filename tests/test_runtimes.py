@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from emq_lib import runtimes
-from emq_lib.errors import MissingArtefactError
+from emq_lib.core.errors import MissingArtefactError
 
 
 def test_every_network_is_compared_and_timed(choices, profile, data, monkeypatch):

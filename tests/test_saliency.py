@@ -8,8 +8,9 @@ from torch import nn
 from torch.func import functional_call
 
 from emq_lib import saliency
-from emq_lib.errors import InvalidParameterError
-from emq_lib.models import fold_batchnorm, layer_table, load_checkpoint
+from emq_lib.core.errors import InvalidParameterError
+from emq_lib.core.graphs import fold_batchnorm, layer_table
+from emq_lib.core.models import load_checkpoint
 
 SHAPE = (1, 16, 16)
 

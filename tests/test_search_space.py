@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from emq_lib import proxies
 from emq_lib import search_space as space
-from emq_lib.errors import GenotypeSyntaxError
+from emq_lib.core.errors import GenotypeSyntaxError
 from emq_lib.layer_statistics import LayerStatistics
 from emq_lib.released import ReleasedStatistics
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from emq_lib import training
-from emq_lib.artefacts import read_facts
-from emq_lib.datasets import Split
-from emq_lib.errors import CorruptArtefactError
-from emq_lib.models import build_model, load_checkpoint, predict, top1
+from book.studies import checkpoints
+from book.studies.study import read_facts
+from emq_lib.core import training
+from emq_lib.core.datasets import Split
+from emq_lib.core.errors import CorruptArtefactError
+from emq_lib.core.models import build_model, load_checkpoint, predict, top1
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_the_same_training_gives_the_same_file(short, data, tmp_path, monkeypatc
     contents = []
     for name in ("first", "second"):
         monkeypatch.setenv("EMQ_STUDY_ROOT", str(tmp_path / name))
-        training.build_checkpoint(short, data)
+        checkpoints.build_checkpoint(short, data)
         contents.append((tmp_path / name / short.name / "model.safetensors").read_bytes())
     assert contents[0] == contents[1]
 
@@ -81,9 +82,9 @@ def test_the_digits_are_learned_and_the_card_says_so(study, profile):
 @pytest.mark.parametrize(("limit", "dtype"), [(0.05, torch.float16), (-100, torch.float32)])
 def test_half_precision_is_stored_where_it_costs_little(profile, data, tmp_path, monkeypatch, limit, dtype):
     monkeypatch.setenv("EMQ_STUDY_ROOT", str(tmp_path))
-    monkeypatch.setattr(training, "HALF_PRECISION_COST", limit)
+    monkeypatch.setattr(checkpoints, "HALF_PRECISION_COST", limit)
     model = build_model(profile).eval()
-    training.store_checkpoint(profile, training.TrainingResult(model, 1, (10.0,), 0.0), data)
+    checkpoints.store_checkpoint(profile, training.TrainingResult(model, 1, (10.0,), 0.0), data)
     path = tmp_path / profile.name / "model.safetensors"
     assert load_file(path)["conv1.weight"].dtype == dtype
     stored = load_checkpoint(profile, path)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from emq_lib.errors import InvalidBitsError, InvalidParameterError, UnknownProfileError
+from emq_lib.core.errors import InvalidBitsError, InvalidParameterError, UnknownProfileError
 
 QUANTIZERS = ("rtn", "adaround")
 PRINTED = "cifar10-resnet20"  # the study that the text of the book speaks of
@@ -46,8 +46,8 @@ class Profile:
 
     Args:
         name: key in the registry and folder under ``data/``.
-        dataset: ``"digits"``, ``"cifar10"`` or ``"imagenet"`` (see :mod:`emq_lib.datasets`).
-        model: name of the network (see :mod:`emq_lib.models`).
+        dataset: ``"digits"``, ``"cifar10"`` or ``"imagenet"`` (see :mod:`emq_lib.core.datasets`).
+        model: name of the network (see :mod:`emq_lib.core.models`).
         training: recipe of the float checkpoint; None: published weights.
         choices: bit widths that a searchable layer may take.
         pinned: (layer name, bits) of the layers outside the search.
@@ -139,7 +139,7 @@ def get_profile(name: str) -> Profile:
     if name not in _REGISTRY:
         known = ", ".join(sorted(profile_names()))
         raise UnknownProfileError(
-            f"Unknown profile {name!r}. Known profiles: {known}. Add your own: emq_lib.profiles.register(Profile(...))."
+            f"Unknown profile {name!r}. Known profiles: {known}. Add your own: register(Profile(...))."
         )
     return _REGISTRY[name]
 

@@ -1,5 +1,7 @@
 """Named errors: each says what is wrong and what to do about it."""
 
+from __future__ import annotations
+
 
 class EMQError(Exception):
     """Base of every error that this library raises on purpose."""

@@ -1,74 +1,46 @@
-"""Files of a study under ``data/<profile>/``: their place, atomic writing, and the manifest that vouches for them."""
+"""Files of a study under ``data/<profile>/``: their place, the lock, and the manifest that vouches for them."""
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import errno
-import hashlib
 import importlib.metadata
-import inspect
 import json
 import os
 import pathlib
 import platform
 import subprocess
-import textwrap
 from collections.abc import Iterator, Mapping
 
-import numpy as np
 import torch
-import yaml
+from emq_lib.core.errors import (
+    CorruptArtefactError,
+    MissingArtefactError,
+    StudyBusyError,
+)
+from emq_lib.core.files import atomic_path, device_name, sha256, to_json
+from emq_lib.core.profiles import Profile
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from emq_lib.errors import CorruptArtefactError, DiskFullError, MissingArtefactError, StudyBusyError
-from emq_lib.profiles import Profile
+from book.places import REPOSITORY
 
-REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
-_RECORDED_PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pandas", "pyarrow", "safetensors")
-
-
-def repository_address() -> str:
-    """Return the repository's public address, which stands in ``_config.yml`` alone; empty while there is none."""
-    return yaml.safe_load((REPOSITORY / "_config.yml").read_text())["repository"]["url"]
+_RECORDED_PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "pandas",
+    "pyarrow",
+    "safetensors",
+)
 
 
 def study_folder(profile: Profile) -> pathlib.Path:
     """Return the profile's folder: under ``data/``, or under the folder that ``EMQ_STUDY_ROOT`` names."""
     root = os.environ.get("EMQ_STUDY_ROOT")
     return (pathlib.Path(root) if root else REPOSITORY / "data") / profile.name
-
-
-@contextlib.contextmanager
-def atomic_path(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yield a temporary path beside `path` that replaces it on success; on an error `path` stays as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with named_when_full(path):
-            yield temporary
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def named_when_full(path: pathlib.Path) -> Iterator[None]:
-    """Name the error of a disk (or a quota) without room for what is written to `path` inside the block.
-
-    Raises:
-        DiskFullError: there is no room.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise DiskFullError(
-            f"No room to write {path} ({error.strerror}). What was finished is kept: free some and call again."
-        ) from error
 
 
 @contextlib.contextmanager
@@ -89,27 +61,6 @@ def sole_writer(profile: Profile) -> Iterator[None]:
         ) from error
 
 
-def sha256(path: pathlib.Path) -> str:
-    """Return the hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def source_hash(*parts: object) -> str:
-    """Return a hash of the code of functions, classes or modules; comments and docstrings do not count."""
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(part)))
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-                value = body[0].value
-                if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                    node.body = body[1:] or [ast.Pass()]
-        digest.update(ast.dump(tree).encode())
-    return digest.hexdigest()
-
-
 def read_manifest(profile: Profile) -> dict[str, dict]:
     """Return the study's manifest: file name -> provenance. A study without one gives an empty dictionary.
 
@@ -122,11 +73,19 @@ def read_manifest(profile: Profile) -> dict[str, dict]:
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise CorruptArtefactError(f"{path} is not valid JSON ({error}). Restore or rebuild it.") from error
+        raise CorruptArtefactError(
+            f"{path} is not valid JSON ({error}). Restore or rebuild it."
+        ) from error
 
 
 def record(
-    profile: Profile, filename: str, *, command: str, seconds: float, rows: int | None = None, note: str = ""
+    profile: Profile,
+    filename: str,
+    *,
+    command: str,
+    seconds: float,
+    rows: int | None = None,
+    note: str = "",
 ) -> None:
     """Enter a file that was just written into the study's manifest.
 
@@ -146,7 +105,10 @@ def record(
         "command": command,
         "seed": profile.seed,
         "commit": _commit(),
-        "versions": {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES},
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in _RECORDED_PACKAGES
+        },
         "python": platform.python_version(),
         "device": device_name(),
         "seconds": round(seconds, 1),
@@ -169,7 +131,9 @@ def checked_path(profile: Profile, filename: str) -> pathlib.Path:
         raise MissingArtefactError(f"{path} does not exist. {remedy}")
     entry = read_manifest(profile).get(filename)
     if entry is None:
-        raise MissingArtefactError(f"{path} is not listed in manifest.json, so nothing vouches for it. {remedy}")
+        raise MissingArtefactError(
+            f"{path} is not listed in manifest.json, so nothing vouches for it. {remedy}"
+        )
     if sha256(path) != entry["sha256"]:
         raise CorruptArtefactError(
             f"{path} does not match the SHA-256 in manifest.json: truncated or altered. {remedy}"
@@ -178,7 +142,10 @@ def checked_path(profile: Profile, filename: str) -> pathlib.Path:
 
 
 def save_tensors(
-    profile: Profile, filename: str, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, object]
+    profile: Profile,
+    filename: str,
+    tensors: Mapping[str, torch.Tensor],
+    facts: Mapping[str, object],
 ) -> None:
     """Write tensors, and facts about them, as one safetensors file of the study; same content, same bytes.
 
@@ -199,26 +166,21 @@ def read_facts(profile: Profile, filename: str) -> dict:
         return json.loads(file.metadata()["facts"])
 
 
-def to_json(value: object) -> str:
-    """Return compact JSON text of numbers, texts, tuples and dictionaries, NumPy scalars included, keys in order."""
-    return json.dumps(
-        value, sort_keys=True, default=lambda item: item.item() if isinstance(item, np.generic) else list(item)
-    )
-
-
 def _commit() -> str:
     """Return the commit of the working tree, with "+changes" if it differs; "unknown" outside a checkout."""
     try:
-        run = {"cwd": REPOSITORY, "capture_output": True, "text": True, "check": True}
-        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "--", "emq_lib"], **run).stdout.strip()
+        run = {
+            "cwd": REPOSITORY,
+            "capture_output": True,
+            "text": True,
+            "check": True,
+        }
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], **run
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--", "emq_lib"], **run
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit + ("+changes" if changed else "")
-
-
-def device_name() -> str:
-    """Describe the processor or the accelerator in words."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from emq_lib.errors import DatasetMismatchError, DatasetNotFoundError
-from emq_lib.profiles import Profile
+from emq_lib.core.errors import DatasetMismatchError, DatasetNotFoundError
+from emq_lib.core.profiles import Profile
 
 if TYPE_CHECKING:
     from torchvision.datasets import ImageFolder
+
 
 CIFAR10_DIGEST = "3ef2f9db288a8f54943411ef64a5b5cbe16686916bac3fcd64e24c0ef4a131f8"
 _CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

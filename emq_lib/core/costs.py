@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from emq_lib.errors import ConfigLengthError, InvalidBitsError
+from emq_lib.core.errors import ConfigLengthError, InvalidBitsError
 
 SCALE_BYTES, ZERO_POINT_BYTES, BIAS_BYTES = 4, 1, 4
 
@@ -105,7 +105,7 @@ def size_cost(layers: pd.DataFrame, choices: Sequence[int]) -> CostTable:
     """Return the packed size in bytes: weights, a float32 scale and a uint8 zero point per channel, float32 biases.
 
     Args:
-        layers: layer table of :func:`emq_lib.models.layer_table`.
+        layers: layer table of :func:`emq_lib.core.graphs.layer_table`.
         choices: the B allowed widths.
     """
     overhead = layers["channels"] * (SCALE_BYTES + ZERO_POINT_BYTES) + layers["biases"] * BIAS_BYTES

@@ -1,0 +1,1 @@
+"""Who computes which file of ``data/``: one module per stage, over the library."""

@@ -1,0 +1,79 @@
+"""The checkpoint of a study: trained or fetched once, then stored."""
+
+from __future__ import annotations
+
+from emq_lib.core.datasets import ImageData
+from emq_lib.core.models import load_pretrained, predict, top1
+from emq_lib.core.profiles import Profile
+from emq_lib.core.training import TrainingResult, train
+
+from book.studies.study import record, save_tensors, study_folder
+
+HALF_PRECISION_COST = (
+    0.05  # points of validation top-1 that storing half precision may cost
+)
+
+
+def build_checkpoint(profile: Profile, data: ImageData) -> None:
+    """Train the profile's network, or take its published weights, and store it: see :func:`store_checkpoint`.
+
+    Interrupted at any moment, the same call goes on from the last finished epoch.
+    """
+    if profile.training is None:
+        published = load_pretrained(profile).to(data.test.images.device)
+        store_checkpoint(profile, TrainingResult(published, 0, (), 0.0), data)
+    else:
+        store_checkpoint(
+            profile,
+            train(
+                profile, data, resume=study_folder(profile) / "training.resume"
+            ),
+            data,
+        )
+
+
+def store_checkpoint(
+    profile: Profile, result: TrainingResult, data: ImageData
+) -> None:
+    """Write ``model.safetensors``: in half precision, if that costs little on the validation images.
+
+    What is stored is then measured once on the test images. Facts in the file: the epoch, the validation accuracy of
+    every epoch, and the test accuracy.
+    """
+    exact = {
+        name: tensor.clone()
+        for name, tensor in result.model.state_dict().items()
+    }
+    halves = {
+        name: tensor.half() if tensor.is_floating_point() else tensor
+        for name, tensor in exact.items()
+    }
+    before = top1(
+        predict(result.model, data.validation), data.validation.labels
+    )
+    result.model.load_state_dict(halves)
+    lost = before - top1(
+        predict(result.model, data.validation), data.validation.labels
+    )
+    stored = halves if lost < HALF_PRECISION_COST else exact
+    result.model.load_state_dict(stored)
+    facts = {
+        "epoch": result.epoch,
+        "validation_top1": result.validation_top1,
+        "top1": top1(predict(result.model, data.test), data.test.labels),
+        "images": data.digest,
+    }
+    save_tensors(profile, "model.safetensors", stored, facts)
+    schedule = (
+        "published by torchvision"
+        if profile.training is None
+        else f"one-cycle schedule of {profile.training.epochs} epochs, the best on the validation images kept"
+    )
+    precision = "half" if stored is halves else "single"
+    record(
+        profile,
+        "model.safetensors",
+        command=f"book.studies.checkpoints.build_checkpoint on {profile.name}",
+        seconds=result.seconds,
+        note=f"{schedule}; stored in {precision} precision (half costs {lost:.2f} points on the validation images)",
+    )

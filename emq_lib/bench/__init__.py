@@ -1,0 +1,1 @@
+"""The bench: sampling configurations, measuring them, and the table of what was measured."""
