@@ -1,4 +1,4 @@
-"""Hessian traces of all layers at equal standard error: `emq_lib.curvature` against curvlinops and PyHessian.
+"""Hessian traces of all layers at equal standard error: `emq_lib.proxies.curvature` against curvlinops and PyHessian.
 
 All estimate the trace of each searchable layer's block of the Hessian on the same images. Ours is timed with two random
 combinations of classes per image; its standard error, over repetitions with other combinations, is the target. The
@@ -25,11 +25,11 @@ from pyhessian import hessian
 from torch import nn
 
 from book.studies.study import checked_path
-from emq_lib import curvature, layer_statistics
 from emq_lib.core.datasets import load_dataset
 from emq_lib.core.graphs import fold_batchnorm, layer_table
 from emq_lib.core.models import load_checkpoint
 from emq_lib.core.profiles import get_profile
+from emq_lib.proxies import curvature, layer_statistics
 
 RESULTS = pathlib.Path(__file__).with_suffix(".json")
 REPEATS = 10

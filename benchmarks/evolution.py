@@ -23,14 +23,16 @@ import numpy as np
 from engine import hardware
 
 from book.studies.bench import has_study
+from book.studies.proxies import load_statistics
 from book.studies.study import checked_path
-from emq_lib import curvature, evolution, experiments
+from emq_lib import evolution, experiments
 from emq_lib.bench.table import Bench
 from emq_lib.core.datasets import load_dataset
 from emq_lib.core.graphs import fold_batchnorm, layer_table
 from emq_lib.core.models import load_checkpoint
 from emq_lib.core.profiles import EvolutionBudget, get_profile, profile_names
-from emq_lib.layer_statistics import load_statistics, sampled
+from emq_lib.proxies import curvature
+from emq_lib.proxies.layer_statistics import sampled
 from emq_lib.search_space import KNOWN, Evaluator, Space
 
 RESULTS = pathlib.Path(__file__).with_suffix(".json")

@@ -39,7 +39,7 @@ SEED: int = 0  # another number: another draw of all that is random
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from emq_lib import ranking, reconstruction
+from emq_lib import reconstruction
 from emq_lib.bench import engine, sampling
 from emq_lib.bench.table import Bench
 from emq_lib.core import networks, quantizers, training
@@ -51,6 +51,7 @@ from emq_lib.core.graphs import fold_batchnorm, layer_table
 from emq_lib.core.models import predict, top1
 from emq_lib.core.profiles import QUANTIZERS, profile_names
 from emq_lib.palette import PLAIN
+from emq_lib.proxies import intervals, oracles, ranking
 from emq_lib.report import (
     plot_by_bits,
     plot_histogram,
@@ -318,7 +319,7 @@ chapter.claim(
 # images and on half B: the Spearman correlation of the two rankings says how much of an order is luck of the images.
 
 # %% slideshow={"slide_type": "-"}
-ceiling = ranking.noise_ceiling(
+ceiling = intervals.noise_ceiling(
     sample.half_a, sample.half_b, rng=chapter.profile.rng("noise ceiling")
 )
 chapter.claim(
@@ -370,7 +371,7 @@ chapter.claim(
 
 # %%
 draw_rho = {
-    quantizer: ranking.bootstrap_rho(
+    quantizer: intervals.bootstrap_rho(
         table[0].to_numpy(),
         table[1].to_numpy(),
         rng=chapter.profile.rng("draws"),
@@ -509,10 +510,10 @@ chapter.claim(
 search, heldout = measured.split()
 rng = chapter.profile.rng("oracles")
 fit = search.configs, search.half_a
-additive = ranking.additive_oracle(
+additive = oracles.additive_oracle(
     *fit, heldout.configs, chapter.profile.choices
 )
-estimate = ranking.bootstrap_rho(additive.predictions, heldout.top1, rng=rng)
+estimate = intervals.bootstrap_rho(additive.predictions, heldout.top1, rng=rng)
 chapter.claim(
     "additive_oracle",
     "The additive oracle ranks the held-out half with rho = {:.2f}.",
@@ -527,10 +528,10 @@ chapter.claim(
 # Give the regression the products of all pairs of layers as well.
 
 # %% slideshow={"slide_type": "-"}
-pairwise = ranking.pairwise_oracle(
+pairwise = oracles.pairwise_oracle(
     *fit, heldout.configs, chapter.profile.choices
 )
-change = ranking.compare(
+change = intervals.compare(
     pairwise.predictions, additive.predictions, heldout.top1, rng=rng
 )
 chapter.claim(
@@ -547,11 +548,11 @@ chapter.claim(
 # than the sum says? The $p$-values allow for unequal variances; Holm's method allows for the number of pairs.
 
 # %% slideshow={"slide_type": "slide"}
-interactions, p_values = ranking.pair_interactions(
+interactions, p_values = oracles.pair_interactions(
     sample.configs, sample.top1, chapter.profile.choices
 )
 pairs = np.triu_indices(len(interactions), 1)
-adjusted = ranking.holm(p_values[pairs])
+adjusted = intervals.holm(p_values[pairs])
 clear = adjusted < 0.05
 chapter.claim(
     "pairs_clear",
@@ -619,7 +620,7 @@ compared = {"rtn": sample, "adaround": learned}
 if "one-bit" in set(rounded.table["sample"]):
     compared["adaround, 1 bit too"] = rounded.select("one-bit")
 ceilings = {
-    name: ranking.noise_ceiling(
+    name: intervals.noise_ceiling(
         some.half_a, some.half_b, rng=chapter.profile.rng("noise ceiling")
     )
     for name, some in compared.items()
@@ -663,7 +664,7 @@ chapter.claim(
 )
 
 # %% slideshow={"slide_type": "-"}
-agreement = ranking.bootstrap_rho(
+agreement = intervals.bootstrap_rho(
     sample.top1, learned.top1, rng=chapter.profile.rng("quantizers")
 )
 chapter.claim(
@@ -677,10 +678,10 @@ chapter.claim(
 
 # %% slideshow={"slide_type": "-"}
 search, heldout = rounded.split()
-oracle = ranking.additive_oracle(
+oracle = oracles.additive_oracle(
     search.configs, search.half_a, heldout.configs, chapter.profile.choices
 )
-estimate = ranking.bootstrap_rho(
+estimate = intervals.bootstrap_rho(
     oracle.predictions, heldout.top1, rng=chapter.profile.rng("oracles")
 )
 chapter.claim(
@@ -710,7 +711,7 @@ chapter.claim(
     "Bank and reconstruction in order rank these configurations alike with rho = {:.2f}.",
     rho,
     within={"cifar10-resnet20": (0, 0.6)},
-    interval=ranking.sampling_interval(rho, len(in_order)),
+    interval=intervals.sampling_interval(rho, len(in_order)),
     n=len(in_order),
 )
 
@@ -745,7 +746,7 @@ chapter.claim(
     "The two halves of the test images rank them alike with rho = {:.2f}.",
     rho,
     within={"cifar10-resnet20": (0, 0.8)},
-    interval=ranking.sampling_interval(rho, len(rows)),
+    interval=intervals.sampling_interval(rho, len(rows)),
     n=len(rows),
 )
 
@@ -770,16 +771,16 @@ studies = [
 halves = [study.split() for study in studies]
 tables = {"bit sum": np.array([chapter.profile.choices])}
 for study, (search, heldout) in zip(studies, halves, strict=True):
-    tables[study.profile.name] = ranking.additive_oracle(
+    tables[study.profile.name] = oracles.additive_oracle(
         search.configs, search.half_a, heldout.configs, study.profile.choices
     ).table
 transfer = {}
 for target, (_, heldout) in zip(studies, halves, strict=True):
     slots, choices = heldout.configs.shape[1], target.profile.choices
     transfer[target.profile.name] = {
-        source: ranking.bootstrap_rho(
+        source: intervals.bootstrap_rho(
             gather(
-                ranking.resample_layers(table, slots), heldout.configs, choices
+                oracles.resample_layers(table, slots), heldout.configs, choices
             ),
             heldout.top1,
             rng=target.profile.rng("transfer"),
@@ -1010,7 +1011,7 @@ search, heldout = measured.split()
 line = np.polyfit(search.configs.sum(axis=1), search.top1, 1)
 predictions = {
     "sum of the bits": np.polyval(line, heldout.configs.sum(axis=1)),
-    "a term per layer and width": ranking.additive_oracle(
+    "a term per layer and width": oracles.additive_oracle(
         search.configs, search.top1, heldout.configs, chapter.profile.choices
     ).predictions,
 }

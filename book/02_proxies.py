@@ -45,7 +45,6 @@ import pandas as pd
 import scikit_posthocs
 import torch
 import torch.nn.functional as F
-from emq_lib import curvature, layer_statistics, proxies, ranking
 from emq_lib.bench.table import Bench
 from emq_lib.core.costs import gather
 from emq_lib.core.datasets import load_dataset
@@ -53,8 +52,15 @@ from emq_lib.core.graphs import fold_batchnorm
 from emq_lib.core.models import load_checkpoint
 from emq_lib.core.profiles import QUANTIZERS, profile_names
 from emq_lib.core.quantizers import fake_quantize
-from emq_lib.heldout import build_heldout, load_heldout, load_tables
 from emq_lib.palette import COLOURS, PLAIN
+from emq_lib.proxies import (
+    curvature,
+    handmade,
+    intervals,
+    layer_statistics,
+    ranking,
+)
+from emq_lib.proxies.scores import score
 from emq_lib.report import (
     plot_forest,
     plot_forests,
@@ -68,7 +74,9 @@ from emq_lib.report import (
 )
 
 from book.places import REPOSITORY
+from book.studies import proxies
 from book.studies.bench import has_study
+from book.studies.heldout import build_heldout, load_heldout, load_tables
 from book.studies.study import checked_path
 
 chapter = start_chapter("02_proxies", PROFILE, REBUILD, SEED)
@@ -76,7 +84,7 @@ chapter = start_chapter("02_proxies", PROFILE, REBUILD, SEED)
 # %%
 if chapter.rebuild:
     images = load_dataset(chapter.profile)
-    layer_statistics.build_statistics(chapter.profile, images.calibration)
+    proxies.build_statistics(chapter.profile, images.calibration)
     proxies.build_proxies(chapter.profile)
     build_heldout(chapter.profile)
 
@@ -144,20 +152,20 @@ dense.trace().item(), trace[0]
 # score of a configuration is the sum of the entries that it selects, so scoring all configurations is one gather.
 
 # %%
-statistics = layer_statistics.load_statistics(digits)
-table = proxies.score_table("HAWQ-V2", statistics)
+statistics = proxies.load_statistics(digits)
+table = handmade.score_table("HAWQ-V2", statistics)
 by_hand = -statistics.trace[0] / weight.numel() * squared.numpy()
 assert np.allclose(table[0], by_hand, rtol=1e-3)
 table[0]
 
 # %% slideshow={"slide_type": "-"}
-show_source(proxies.hawq_v2, gather)
+show_source(handmade.hawq_v2, gather)
 
 # %% [markdown]
 # A trace is an average over images, so it has a standard error, which nobody prints. For the study's layers, in percent of the trace:
 
 # %%
-own = layer_statistics.load_statistics(chapter.profile)
+own = proxies.load_statistics(chapter.profile)
 errors = pd.Series(100 * own.trace_error / own.trace, index=own.names)
 chapter.claim(
     "trace_error",
@@ -195,7 +203,7 @@ chapter.claim(
 # one-layer divergence. CLADO {cite:p}`clado` instead measures the loss for every pair of layers and every pair of widths.
 
 # %%
-show_source(proxies.added_logit_changes, proxies.clado, proxies.score)
+show_source(handmade.added_logit_changes, handmade.clado, score)
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # Do pairs matter? On the digits, what two layers at 2 bits do together, beyond the sum of both, as a share of that sum:
@@ -220,7 +228,7 @@ show_table(
 # %%
 listed = [
     entry
-    for entry in proxies.PROXIES.values()
+    for entry in handmade.PROXIES.values()
     if entry.variant != "as_released"
 ]
 show_table(
@@ -286,7 +294,7 @@ agreement = steps.drop("measured").apply(
 )
 known = agreement.dropna().sort_values(ascending=False)
 ends = [
-    ranking.sampling_interval(np.clip(rho, -0.999, 0.999), len(dropped))
+    intervals.sampling_interval(np.clip(rho, -0.999, 0.999), len(dropped))
     for rho in known
 ]
 shares = pd.DataFrame({"proxy": known.index, "rho": known.to_numpy()}).assign(
@@ -309,9 +317,7 @@ show_table(
 bench = Bench.load(chapter.profile)
 search, heldout = bench.split()
 scores = {
-    name: proxies.score(
-        entry["table"], heldout.configs, chapter.profile.choices
-    )
+    name: score(entry["table"], heldout.configs, chapter.profile.choices)
     for name, entry in tables.items()
     if entry["variant"] in ("trivial", "corrected")
 }
@@ -424,7 +430,7 @@ chapter.claim(
     interval=(best.lo, best.hi),
     n=int(best.n),
     paper="HAWQ-V2 is the best earlier proxy with 0.7475 at n = 50 (quoted by a secondary summary)",
-    reported=ranking.sampling_interval(0.7475, 50),
+    reported=intervals.sampling_interval(0.7475, 50),
 )
 
 # %% slideshow={"slide_type": "-"}
@@ -468,7 +474,7 @@ chapter.claim(
 rng = chapter.profile.rng("chapter 02 comparisons")
 others = [name for name in scores if name != best.proxy]
 against = [
-    ranking.compare(scores[best.proxy], scores[name], heldout.top1, rng=rng)
+    intervals.compare(scores[best.proxy], scores[name], heldout.top1, rng=rng)
     for name in others
 ]
 compared = pd.DataFrame(
@@ -477,7 +483,7 @@ compared = pd.DataFrame(
         "difference": [pair.difference for pair in against],
         "lo": [pair.lo for pair in against],
         "hi": [pair.hi for pair in against],
-        "p_holm": ranking.holm([pair.p for pair in against]),
+        "p_holm": intervals.holm([pair.p for pair in against]),
         "configurations": [
             min(9_999, np.ceil(pair.configs_to_separate())) for pair in against
         ],
@@ -692,9 +698,7 @@ configs = np.stack(pool["bits"]).astype(np.int8)
 size = bench.cost("size")
 lost = []
 for proxy in judged:
-    found = proxies.score(
-        tables[proxy]["table"], configs, chapter.profile.choices
-    )
+    found = score(tables[proxy]["table"], configs, chapter.profile.choices)
     cells = {"proxy": proxy}
     for average in chapter.profile.budgets:
         budget = np.interp(
@@ -702,7 +706,7 @@ for proxy in judged:
             chapter.profile.choices,
             [size.fixed + column.sum() for column in size.table.T],
         )
-        cells[f"{average:g} bits"] = ranking.bootstrap_regret(
+        cells[f"{average:g} bits"] = intervals.bootstrap_regret(
             found, pool["top1"], pool["size_bytes"], budget, rng=rng
         )
     lost.append(cells)
@@ -768,7 +772,7 @@ plt.show()
 
 # %% slideshow={"slide_type": "-"}
 for value, n in ((0.7921, 50), (0.5721, 25), (0.4259, 10)):
-    low, high = ranking.sampling_interval(value, n)
+    low, high = intervals.sampling_interval(value, n)
     print(f"rho = {value:.2f} with n = {n}: {low:.2f} to {high:.2f}")
 
 # %% [markdown]
@@ -779,7 +783,9 @@ for value, n in ((0.7921, 50), (0.5721, 25), (0.4259, 10)):
 rivals = results.query("variant == 'corrected'").sort_values("rho100")
 needed = []
 for first, second in itertools.pairwise(rivals["proxy"]):
-    pair = ranking.compare(scores[second], scores[first], heldout.top1, rng=rng)
+    pair = intervals.compare(
+        scores[second], scores[first], heldout.top1, rng=rng
+    )
     needed.append(pair.configs_to_separate())
 chapter.claim(
     "neighbours_at_50",
@@ -795,7 +801,7 @@ chapter.claim(
 # %% slideshow={"slide_type": "-"}
 draws = [rng.choice(len(heldout), size=50, replace=False) for _ in range(200)]
 shown = [
-    ranking.compare(
+    intervals.compare(
         scores[best.proxy][rows],
         scores["HAWQ-V2"][rows],
         heldout.top1[rows],
@@ -805,7 +811,7 @@ shown = [
     > 0
     for rows in draws
 ]
-pair = ranking.compare(
+pair = intervals.compare(
     scores[best.proxy], scores["HAWQ-V2"], heldout.top1, rng=rng
 )
 chapter.claim(
@@ -825,7 +831,7 @@ chapter.claim(
 
 
 # %%
-@proxies.proxy("my proxy", reads=("errors",))
+@handmade.proxy("my proxy", reads=("errors",))
 def mine(statistics: layer_statistics.LayerStatistics) -> np.ndarray:
     """Mean squared error: T[l, b] = -||E_lb||^2 / P_l."""
     return -np.stack(
@@ -836,12 +842,12 @@ def mine(statistics: layer_statistics.LayerStatistics) -> np.ndarray:
     )
 
 
-my_scores = proxies.score(
-    proxies.score_table("my proxy", own),
+my_scores = score(
+    handmade.score_table("my proxy", own),
     heldout.configs,
     chapter.profile.choices,
 )
-my_rho = ranking.bootstrap_rho(my_scores, heldout.top1, rng=rng)
+my_rho = intervals.bootstrap_rho(my_scores, heldout.top1, rng=rng)
 print(my_rho)
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "The forest again, with a proxy of one's own in it.", "name": "fig-02-8"}, "image": {"alt": "The forest plot of a few proxies with one more row, my proxy."}}
@@ -859,7 +865,7 @@ plot_forest(
     pd.concat([few_rows, pd.DataFrame([mine_row])], ignore_index=True), ax=ax
 )
 plt.show()
-del proxies.PROXIES["my proxy"]
+del handmade.PROXIES["my proxy"]
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## What we found

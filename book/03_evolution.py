@@ -43,13 +43,13 @@ import time
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from emq_lib import evolution, experiments, ranking, search_space
+from emq_lib import evolution, experiments, search_space
 from emq_lib.bench.table import Bench
 from emq_lib.core.profiles import profile_names
-from emq_lib.heldout import build_heldout, load_heldout, load_tables
-from emq_lib.layer_statistics import load_statistics
 from emq_lib.palette import COLOURS
-from emq_lib.proxies import score, score_table
+from emq_lib.proxies import intervals, oracles, ranking
+from emq_lib.proxies.handmade import score_table
+from emq_lib.proxies.scores import score
 from emq_lib.report import (
     difference_of_means,
     mean_with_interval,
@@ -67,11 +67,13 @@ from scipy import stats
 
 from book.places import REPOSITORY
 from book.studies.bench import has_study
+from book.studies.heldout import build_heldout, load_heldout, load_tables
+from book.studies.proxies import load_statistics
 
 chapter = start_chapter("03_evolution", PROFILE, REBUILD, SEED)
 PAPER = {
     "paper": "0.7921 at n = 50 on MQ-Bench-101, ResNet-18 (secondary summary)",
-    "reported": ranking.sampling_interval(0.7921, 50),
+    "reported": intervals.sampling_interval(0.7921, 50),
 }
 
 # %%
@@ -681,7 +683,7 @@ def worth(formula):
     seen = own.evaluator.score(formula, heldout.configs)
     if not np.isfinite(found).all() or np.ptp(found) == 0:
         return {"search rho": np.nan}
-    estimate = ranking.bootstrap_rho(
+    estimate = intervals.bootstrap_rho(
         seen, heldout.top1, rng=chapter.profile.rng("terms")
     )
     return {
@@ -885,14 +887,18 @@ scores = {
 rng = chapter.profile.rng("evolved against hand-made")
 rivals = results.query("variant in ('trivial', 'corrected')").index
 against = {
-    (name, rival): ranking.compare(
+    (name, rival): intervals.compare(
         scores[name], scores[rival], heldout.top1, resamples=10_000, rng=rng
     )
     for name in formulas
     for rival in rivals
 }
 p_values = dict(
-    zip(against, ranking.holm([one.p for one in against.values()]), strict=True)
+    zip(
+        against,
+        intervals.holm([one.p for one in against.values()]),
+        strict=True,
+    )
 )
 closest = [
     best_name,
@@ -956,7 +962,7 @@ chapter.claim(
 # comes from resampling configurations for all three.
 
 # %% slideshow={"slide_type": "-"}
-oracle = ranking.additive_oracle(
+oracle = oracles.additive_oracle(
     own.configs, own.accuracy, heldout.configs, chapter.profile.choices
 ).predictions
 
@@ -982,7 +988,7 @@ chapter.claim(
 )
 
 # %% slideshow={"slide_type": "-"}
-one = ranking.compare(
+one = intervals.compare(
     scores["evolved with pairs"], oracle, heldout.top1, rng=rng
 )
 chapter.claim(
@@ -1109,7 +1115,7 @@ for source, profile in studies.items():
         seen = judges[target].score(
             search_space.parse(line["best"]), half.configs
         )
-        one = ranking.bootstrap_rho(seen, half.top1, rng=profile.rng(target))
+        one = intervals.bootstrap_rho(seen, half.top1, rng=profile.rng(target))
         row[target] = f"{one.value:.2f} [{one.lo:.2f}, {one.hi:.2f}]"
     rows.append(row)
 show_table(pd.DataFrame(rows))
@@ -1153,12 +1159,12 @@ for name, profile in left_out.items():
     }
     rng = profile.rng("transferred against hand-made")
     for proxy, rival in dict.fromkeys(pairs):
-        comparisons[name, proxy, rival] = ranking.compare(
+        comparisons[name, proxy, rival] = intervals.compare(
             ranks[proxy], ranks[rival], half.top1, rng=rng
         )
 
 # %%
-p_values = ranking.holm([one.p for one in comparisons.values()])
+p_values = intervals.holm([one.p for one in comparisons.values()])
 transfer = pd.DataFrame(
     [
         {

@@ -48,9 +48,8 @@ from emq_lib.core.costs import CostTable, average_bits_cost, gather
 from emq_lib.core.datasets import load_dataset
 from emq_lib.core.errors import InfeasibleBudgetError
 from emq_lib.core.profiles import profile_names
-from emq_lib.heldout import load_heldout, load_searched, load_tables
-from emq_lib.proxies import load_proxies, score
-from emq_lib.ranking import sampling_interval
+from emq_lib.proxies.intervals import sampling_interval
+from emq_lib.proxies.scores import score
 from emq_lib.report import (
     difference_of_means,
     mean_with_interval,
@@ -67,6 +66,8 @@ from IPython.display import display
 
 from book.studies import bench
 from book.studies.bench import has_study
+from book.studies.heldout import load_heldout, load_searched, load_tables
+from book.studies.proxies import load_proxies
 
 chapter = start_chapter("04_allocation", PROFILE, REBUILD, SEED)
 

@@ -41,11 +41,10 @@ import dataclasses
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from emq_lib import proxies, ranking, released
 from emq_lib.bench.table import Bench
 from emq_lib.core.datasets import load_dataset
-from emq_lib.heldout import load_heldout
-from emq_lib.layer_statistics import load_statistics
+from emq_lib.proxies import handmade, intervals, ranking, released
+from emq_lib.proxies.scores import score
 from emq_lib.report import (
     plot_forest,
     show_source,
@@ -54,6 +53,10 @@ from emq_lib.report import (
     with_interval,
 )
 from IPython.display import display
+
+from book.studies import proxies
+from book.studies.heldout import load_heldout
+from book.studies.proxies import load_statistics
 
 chapter = start_chapter("as_released", PROFILE, REBUILD, SEED)
 
@@ -73,7 +76,7 @@ chapter = start_chapter("as_released", PROFILE, REBUILD, SEED)
 # A `zip` of two lists does not complain when one is longer:
 
 # %%
-show_source(released.align, proxies.hawq_v2_released)
+show_source(released.align, handmade.hawq_v2_released)
 
 # %% [markdown]
 # Which layer does each bit meet? On the study's network, for the list that SNIP walks:
@@ -111,12 +114,12 @@ show_table(met)
 # %%
 results = load_heldout(chapter.profile).set_index("proxy")
 names = [
-    name.removesuffix(proxies.RELEASED)
+    name.removesuffix(handmade.RELEASED)
     for name in results.index
-    if name.endswith(proxies.RELEASED)
+    if name.endswith(handmade.RELEASED)
 ]
 both = results.loc[
-    ["bit sum", *names, *(name + proxies.RELEASED for name in names)]
+    ["bit sum", *names, *(name + handmade.RELEASED for name in names)]
 ].reset_index()
 show_table(
     pd.DataFrame(
@@ -126,7 +129,7 @@ show_table(
                 results.loc[names], "rho100", "lo", "hi"
             ),
             "as released": with_interval(
-                results.loc[[name + proxies.RELEASED for name in names]],
+                results.loc[[name + handmade.RELEASED for name in names]],
                 "rho100",
                 "lo",
                 "hi",
@@ -146,14 +149,14 @@ _, heldout = Bench.load(chapter.profile).split()
 held = scores.loc[heldout.table["config_id"]]
 rng = chapter.profile.rng("appendix as released")
 pairs = {
-    name: ranking.compare(
+    name: intervals.compare(
         held[name].to_numpy(),
-        held[name + proxies.RELEASED].to_numpy(),
+        held[name + handmade.RELEASED].to_numpy(),
         heldout.top1,
         rng=rng,
     )
     for name in names
-    if not np.array_equal(held[name], held[name + proxies.RELEASED])
+    if not np.array_equal(held[name], held[name + handmade.RELEASED])
 }
 differences = pd.DataFrame(
     {
@@ -163,7 +166,7 @@ differences = pd.DataFrame(
         ],
         "lo": [pair.lo for pair in pairs.values()],
         "hi": [pair.hi for pair in pairs.values()],
-        "p_holm": ranking.holm([pair.p for pair in pairs.values()]),
+        "p_holm": intervals.holm([pair.p for pair in pairs.values()]),
     }
 )
 show_table(differences, decimals=3)
@@ -171,8 +174,8 @@ show_table(differences, decimals=3)
 # %%
 for key, name, bounds in (
     ("hawqv2_rho", "HAWQ-V2", (0.6, 0.8)),
-    ("hawqv2_released_rho", "HAWQ-V2" + proxies.RELEASED, (0.2, 0.5)),
-    ("emq_released_rho", "EMQ" + proxies.RELEASED, (0.4, 0.65)),
+    ("hawqv2_released_rho", "HAWQ-V2" + handmade.RELEASED, (0.2, 0.5)),
+    ("emq_released_rho", "EMQ" + handmade.RELEASED, (0.4, 0.65)),
     ("counting_rho", "bit sum", (0.5, 0.7)),
 ):
     row = results.loc[name]
@@ -210,15 +213,15 @@ slips = {
 steps = [
     {"step": step}
     | dataclasses.asdict(
-        ranking.bootstrap_rho(
-            proxies.score(statistics.per_slot(table), heldout.configs, choices),
+        intervals.bootstrap_rho(
+            score(statistics.per_slot(table), heldout.configs, choices),
             top1,
             rng=rng,
         )
     )
     for step, table in slips.items()
 ]
-last = results.loc["HAWQ-V2" + proxies.RELEASED]
+last = results.loc["HAWQ-V2" + handmade.RELEASED]
 steps = pd.DataFrame(steps)
 steps.loc[len(steps)] = {
     "step": "trace x bits, random weights (released)",
@@ -254,7 +257,7 @@ show_table(
 # %%
 digits = chapter.study("digits-resnet8")
 own = load_statistics(digits)
-table = proxies.score_table("EMQ", own)
+table = handmade.score_table("EMQ", own)
 roots = [w.double().clamp(min=0).sqrt().mean().item() for w in own.weights]
 channels = [len(w) for w in own.weights]
 collapsed = (np.array(roots) / channels)[:, None] * np.sqrt(digits.choices)
@@ -290,10 +293,7 @@ show_table(coefficients.reset_index(names="share of the layer"))
 
 # %%
 _, held_digits = Bench.load(digits).split()
-ranked = [
-    proxies.score(table, held_digits.configs, digits.choices)
-    for table in tables
-]
+ranked = [score(table, held_digits.configs, digits.choices) for table in tables]
 chapter.claim(
     "draws_agree",
     "Two draws rank the digits' held-out configurations alike with rho {:.2f} or more.",

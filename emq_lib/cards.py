@@ -6,10 +6,10 @@ import pandas as pd
 
 from book.studies.bench import has_study, load_layers
 from book.studies.study import read_facts, read_manifest, study_folder
-from emq_lib import ranking
 from emq_lib.bench.table import SAMPLES, Bench
 from emq_lib.core.errors import MissingArtefactError
 from emq_lib.core.profiles import QUANTIZERS, Profile
+from emq_lib.proxies import intervals, oracles
 
 LICENCE = "tables, checkpoint and this card: CC BY 4.0; code: MIT. Images are not included and keep their own terms."
 CITATION = "CITATION.cff of this book, with the profile's name and the commit above"
@@ -80,14 +80,14 @@ def _bench(bench: Bench) -> dict[str, str]:
     counts = table["sample"].value_counts()
     images = int(table["n_a"].iloc[0] + table["n_b"].iloc[0])
     search, heldout = bench.split()
-    oracle = ranking.additive_oracle(search.configs, search.half_a, heldout.configs, bench.profile.choices)
-    rho = ranking.bootstrap_rho(oracle.predictions, heldout.top1, rng=bench.profile.rng("card"))
+    oracle = oracles.additive_oracle(search.configs, search.half_a, heldout.configs, bench.profile.choices)
+    rho = intervals.bootstrap_rho(oracle.predictions, heldout.top1, rng=bench.profile.rng("card"))
     samples = ", ".join(f"{counts[sample]:,} {sample}" for sample in SAMPLES if sample in counts)
     rows = {f"{name}: rows": f"{samples}; each on {images:,} test images"}
     for sample in ("random", "one-bit"):
         if sample in counts:
             some = bench.select(sample)
-            top1, ceiling = some.top1, ranking.noise_ceiling(some.half_a, some.half_b, rng=bench.profile.rng("card"))
+            top1, ceiling = some.top1, intervals.noise_ceiling(some.half_a, some.half_b, rng=bench.profile.rng("card"))
             rows[f"{name}, {sample}: top-1"] = (
                 f"{top1.min():.1f} to {top1.max():.1f} %, mean {top1.mean():.2f}, "
                 f"standard deviation {top1.std(ddof=1):.2f}"
@@ -98,7 +98,7 @@ def _bench(bench: Bench) -> dict[str, str]:
     return rows | {f"{name}: additive oracle": f"rho {_text(rho)}, held-out half of the random ones"}
 
 
-def _text(estimate: ranking.RankEstimate) -> str:
+def _text(estimate: intervals.RankEstimate) -> str:
     return f"{estimate.value:.3f} [{estimate.lo:.3f}, {estimate.hi:.3f}], n = {estimate.n}"
 
 

@@ -43,9 +43,9 @@ from emq_lib.core.graphs import layer_table
 from emq_lib.core.models import predict, top1
 from emq_lib.core.profiles import QUANTIZERS, Profile
 from emq_lib.core.sources import source_hash
+from emq_lib.proxies.intervals import holm
 from emq_lib.qat import QatRecipe, train_quantized
 from emq_lib.quantization import load_quantization
-from emq_lib.ranking import holm
 from emq_lib.reconstruction import Rounding, learn_rounding
 
 BUDGETS = (2.25, 2.5, 3.0, 3.5)

@@ -15,13 +15,14 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from emq_lib import proxies, ranking, search_space
+from emq_lib import search_space
 from emq_lib.core.errors import CorruptArtefactError, InvalidParameterError
 from emq_lib.core.files import named_when_full, to_json
 from emq_lib.core.profiles import EvolutionBudget
 from emq_lib.core.sources import source_hash
-from emq_lib.proxies import SEPARABLE, is_table, score
-from emq_lib.ranking import MINIMUM, fitness_many
+from emq_lib.proxies import handmade, ranking
+from emq_lib.proxies.ranking import MINIMUM, fitness_many
+from emq_lib.proxies.scores import SEPARABLE, is_table, score
 from emq_lib.search_space import Evaluator, Genotype, Space, canonical, cross, parse
 
 PARENTS = 0.5  # share of the population that may become parents
@@ -124,7 +125,7 @@ class Journal:
     """
 
     def __init__(self, path: pathlib.Path, run: Mapping[str, object]) -> None:
-        code = source_hash(search_space, ranking, proxies, Problem, Judge)
+        code = source_hash(search_space, ranking, handmade, Problem, Judge)
         head = to_json(dict(run) | {"code": code})
         lines = path.read_text().split("\n") if path.exists() else []
         complete = lines[:-1]  # what follows the last line break was cut short

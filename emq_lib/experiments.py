@@ -19,8 +19,8 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from book.studies.proxies import load_statistics
 from book.studies.study import checked_path, record, study_folder
-from emq_lib import ranking
 from emq_lib.bench.table import Bench
 from emq_lib.core.errors import CorruptArtefactError, InvalidParameterError, MissingArtefactError
 from emq_lib.core.files import atomic_path, sha256, to_json
@@ -36,8 +36,8 @@ from emq_lib.evolution import (
     improvements,
     random_search,
 )
-from emq_lib.layer_statistics import load_statistics
-from emq_lib.proxies import AGGREGATIONS, is_table, score
+from emq_lib.proxies import ranking
+from emq_lib.proxies.scores import AGGREGATIONS, is_table, score
 from emq_lib.search_space import ERROR, FACTOR, INPUTS, KNOWN, STRUCTURES, Evaluator, Genotype, Space, parse
 
 BINS, HALVES, PENALTY, FEW, ISLANDS, GENTLE, LONG = 5, 8, 0.002, 50, 5, 0.15, 3

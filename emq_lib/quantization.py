@@ -33,9 +33,9 @@ from emq_lib.core.networks import QuantizedNetwork
 from emq_lib.core.profiles import Profile
 from emq_lib.core.quantizers import choose_activation_ranges, quantize
 from emq_lib.experiments import SEARCHED
-from emq_lib.layer_statistics import divergences, one_slot_logits
 from emq_lib.planning import plan_bits
-from emq_lib.proxies import score
+from emq_lib.proxies.passes import divergences, one_slot_logits
+from emq_lib.proxies.scores import score
 from emq_lib.qat import QAT, QatRecipe, train_quantized
 from emq_lib.reconstruction import adaround, second_moments
 
@@ -203,7 +203,7 @@ def choose_configurations(profile: Profile, tables: Mapping[str, Mapping], size:
 
     Args:
         profile: gives the budgets (average bits) and the choices.
-        tables: method -> entry as of :func:`emq_lib.heldout.load_tables`.
+        tables: method -> entry as of :func:`book.studies.heldout.load_tables`.
         size: packed size of a configuration.
 
     Returns:

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from emq_lib.core.errors import GenotypeSyntaxError
-from emq_lib.layer_statistics import LayerStatistics, sampled
-from emq_lib.proxies import AGGREGATIONS, added_logit_changes, clado, score
+from emq_lib.proxies.handmade import added_logit_changes, clado
+from emq_lib.proxies.layer_statistics import LayerStatistics, sampled
+from emq_lib.proxies.scores import AGGREGATIONS, score
 
 EPSILON = 1e-9
 REMEMBERED = 400  # values that an evaluator keeps
@@ -278,7 +279,7 @@ class Genotype:
         inputs: one or two keys of :data:`INPUTS`.
         chains: unaries: one chain; one per branch and the last; one per node.
         binary: of a branched genotype.
-        aggregation: how layers are combined, a key of :data:`~emq_lib.proxies.AGGREGATIONS`.
+        aggregation: how layers are combined, a key of :data:`~emq_lib.proxies.scores.AGGREGATIONS`.
     """
 
     structure: str
@@ -510,7 +511,7 @@ class Space:
     Args:
         structure: "sequential", "branched" or "dag".
         inputs: keys of :data:`INPUTS`.
-        aggregations: keys of :data:`~emq_lib.proxies.AGGREGATIONS`.
+        aggregations: keys of :data:`~emq_lib.proxies.scores.AGGREGATIONS`.
         unaries: keys of :data:`UNARIES`.
         binaries: keys of :data:`BINARIES`.
         chains: lengths of the chains of unaries; None: those of the paper.

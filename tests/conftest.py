@@ -12,9 +12,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton, which looks only then
 
-from book.studies import bench, checkpoints
+from book.studies import bench, checkpoints, proxies
 from book.studies.study import record
-from emq_lib import layer_statistics
 from emq_lib.core.datasets import load_dataset
 from emq_lib.core.profiles import get_profile
 
@@ -46,7 +45,7 @@ def built_study(tmp_path_factory, profile, data):
         patch.setenv("EMQ_STUDY_ROOT", str(root))
         checkpoints.build_checkpoint(profile, data)
         bench.build_bench(profile, data)
-        layer_statistics.build_statistics(profile, data.calibration)
+        proxies.build_statistics(profile, data.calibration)
     return root
 
 

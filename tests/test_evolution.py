@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from test_search_space import CHOICES, make_statistics
 
-from emq_lib import evolution, ranking, search_space
+from emq_lib import evolution, search_space
 from emq_lib.core.errors import CorruptArtefactError, InvalidParameterError
 from emq_lib.core.profiles import EvolutionBudget
+from emq_lib.proxies import ranking
 
 BUDGET = EvolutionBudget(population=12, iterations=40)
 SHAPES = tuple((3 + i % 3, 6) for i in range(6))

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from book.studies.study import read_manifest
-from emq_lib import experiments, ranking
+from emq_lib import experiments
 from emq_lib.bench.table import Bench
 from emq_lib.core.errors import CorruptArtefactError, InvalidParameterError, MissingArtefactError
 from emq_lib.core.profiles import EvolutionBudget
+from emq_lib.proxies import ranking
 from emq_lib.search_space import parse
 
 

@@ -9,17 +9,18 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.func import functional_call
 
+from book.studies import proxies
 from book.studies.study import record, save_tensors
-from emq_lib import layer_statistics as ls
 from emq_lib.core.errors import CorruptArtefactError, InvalidParameterError, UnsupportedModelError
 from emq_lib.core.quantizers import fake_quantize
+from emq_lib.proxies import layer_statistics, passes
 
 NAME = "layer1.0.conv1"
 
 
 @pytest.fixture
 def network(study, profile):
-    model, layers = ls._load_folded(profile)
+    model, layers = layer_statistics._load_folded(profile)
     return model, list(layers.loc[layers["searchable"], "name"])
 
 
@@ -34,7 +35,7 @@ def test_output_error_is_that_of_the_layers_output(network, data):
     changed = F.conv2d(seen["x"], quantized, layer.bias, padding=1)
     bias = layer.bias.detach().view(1, -1, 1, 1)
     truth = (changed - seen["y"]).square().sum() / (seen["y"] - bias).square().sum()
-    found = ls.output_errors(model, {NAME: [quantized - layer.weight.detach()]}, images, batch_size=16)
+    found = layer_statistics.output_errors(model, {NAME: [quantized - layer.weight.detach()]}, images, batch_size=16)
     assert found[0, 0] == pytest.approx(truth.item(), rel=1e-4)
 
 
@@ -58,13 +59,13 @@ def test_logits_of_one_slot_agree_with_plain_passes_and_weights_are_restored(net
     model, names = network
     images, (members, quantized) = data.calibration[:50], _options(model, names)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    plain, logits = ls.one_slot_logits(model, members, quantized, images, batch_size=20)
+    plain, logits = passes.one_slot_logits(model, members, quantized, images, batch_size=20)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     torch.testing.assert_close(plain, _logits(model, quantized, images, []), rtol=1e-4, atol=1e-5)
     for slot, choice in ((0, 0), (0, 1), (1, 0)):
         truth = _logits(model, quantized, images, [(name, choice) for name in members[slot]])
         torch.testing.assert_close(logits[slot, choice], truth, rtol=1e-4, atol=1e-5)
-    kl, loss = ls.divergences(plain, logits), ls._losses(plain, logits, images.labels)
+    kl, loss = passes.divergences(plain, logits), passes._losses(plain, logits, images.labels)
     p, q = plain.softmax(dim=1), logits[1, 0].softmax(dim=1)
     assert kl[1, 0] == pytest.approx((p * (p / q).log()).sum(dim=1).mean().item(), rel=1e-6)
     gain = F.cross_entropy(logits[1, 0], images.labels) - F.cross_entropy(plain, images.labels)
@@ -87,7 +88,7 @@ def test_pair_losses_agree_with_plain_passes(network, data):
                 truth[i, j] = loss(one) - loss()
             elif one[0] != two[0]:
                 truth[i, j] = loss(one, two) - loss(one) - loss(two) + loss()
-    np.testing.assert_allclose(ls.pair_losses(model, members, quantized, images), truth, atol=1e-5)
+    np.testing.assert_allclose(passes.pair_losses(model, members, quantized, images), truth, atol=1e-5)
 
 
 def test_logit_products_are_the_second_derivative_of_the_divergence():
@@ -95,7 +96,7 @@ def test_logit_products_are_the_second_derivative_of_the_divergence():
     generator = torch.Generator().manual_seed(0)
     plain = torch.randn(40, 5, generator=generator, dtype=torch.float64)
     changes = 1e-3 * torch.randn(2, 1, 40, 5, generator=generator, dtype=torch.float64)
-    products = ls.logit_products(plain, plain + changes)
+    products = passes.logit_products(plain, plain + changes)
     for weights in ((1, 0), (0, 1), (1, 1), (2, -1)):
         together = plain + weights[0] * changes[0, 0] + weights[1] * changes[1, 0]
         p = plain.softmax(dim=1)
@@ -105,24 +106,24 @@ def test_logit_products_are_the_second_derivative_of_the_divergence():
 
 def test_activation_samples_are_inputs_of_the_layer(network, data):
     model, names = network
-    samples = ls.activation_samples(model, names, data.calibration)
+    samples = layer_statistics.activation_samples(model, names, data.calibration)
     assert [sample.shape[0] for sample in samples] == [8, 8, 8, 16, 16, 32]
-    assert all(sample.numel() == ls.SAMPLE for sample in samples)
+    assert all(sample.numel() == layer_statistics.SAMPLE for sample in samples)
     assert all((sample >= 0).all() for sample in samples)  # every searchable layer comes after a ReLU
 
 
 def test_a_sample_takes_the_same_columns_of_every_statistic():
-    columns = ls.sampled_columns(32, 288)
-    assert len(columns) == len(set(columns)) == ls.SAMPLE // 32
+    columns = layer_statistics.sampled_columns(32, 288)
+    assert len(columns) == len(set(columns)) == layer_statistics.SAMPLE // 32
     x = torch.arange(3.0 * 32 * 288).view(3, 32, 288)
-    torch.testing.assert_close(ls.sampled(x), x[:, :, columns])
-    torch.testing.assert_close(ls.sampled(x[0]), x[0][:, columns])
-    torch.testing.assert_close(ls.sampled(x[0, :8]), x[0, :8])  # small layers are kept whole
-    assert len(ls.sampled_columns(10_000, 7)) == 1
+    torch.testing.assert_close(layer_statistics.sampled(x), x[:, :, columns])
+    torch.testing.assert_close(layer_statistics.sampled(x[0]), x[0][:, columns])
+    torch.testing.assert_close(layer_statistics.sampled(x[0, :8]), x[0, :8])  # small layers are kept whole
+    assert len(layer_statistics.sampled_columns(10_000, 7)) == 1
 
 
 def test_loaded_errors_are_those_of_the_quantizer(study, profile, network):
-    statistics, (model, names) = ls.load_statistics(profile), network
+    statistics, (model, names) = proxies.load_statistics(profile), network
     weight = model.get_submodule(names[2]).weight.detach()
     truth = (fake_quantize(weight, 3) - weight).flatten(1)
     torch.testing.assert_close(statistics.errors[2][1], truth)
@@ -131,7 +132,7 @@ def test_loaded_errors_are_those_of_the_quantizer(study, profile, network):
 
 
 def test_layers_that_share_a_slot_are_added_up(study, profile):
-    statistics = dataclasses.replace(ls.load_statistics(profile), slots=np.array([0, 1, 1, 2, 3, 4]))
+    statistics = dataclasses.replace(proxies.load_statistics(profile), slots=np.array([0, 1, 1, 2, 3, 4]))
     table = np.arange(12.0).reshape(6, 2)
     assert statistics.slot_count == 5
     np.testing.assert_array_equal(statistics.per_slot(table), [[0, 1], [6, 8], [6, 7], [8, 9], [10, 11]])
@@ -140,11 +141,11 @@ def test_layers_that_share_a_slot_are_added_up(study, profile):
 def test_one_class_and_infinite_statistics_are_named(study, profile, data, monkeypatch):
     images = data.calibration[data.calibration.labels == 3]
     with pytest.raises(InvalidParameterError, match="of one class"):
-        ls.measure_statistics(profile, images)
+        layer_statistics.measure_statistics(profile, images)
     overflowing = np.array([1.0, np.inf, 1, 1, 1, 1])
-    monkeypatch.setattr(ls.curvature, "top_eigenvalues", lambda *_args, **_kwargs: overflowing)
+    monkeypatch.setattr(layer_statistics.curvature, "top_eigenvalues", lambda *_args, **_kwargs: overflowing)
     with pytest.raises(UnsupportedModelError, match=r"eigenvalue is NaN or infinite at 'layer1\.0\.conv2'"):
-        ls.measure_statistics(profile, data.calibration[:64])
+        layer_statistics.measure_statistics(profile, data.calibration[:64])
 
 
 def test_statistics_of_another_checkpoint_are_refused(own_study, profile):
@@ -152,4 +153,4 @@ def test_statistics_of_another_checkpoint_are_refused(own_study, profile):
     save_tensors(profile, path.name, load_file(str(path)), {"seconds": {}, "checkpoint": "other"})
     record(profile, path.name, command="test", seconds=0.0)
     with pytest.raises(CorruptArtefactError, match="another checkpoint"):
-        ls.load_statistics(profile)
+        proxies.load_statistics(profile)

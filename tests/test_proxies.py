@@ -6,10 +6,12 @@ import itertools
 import numpy as np
 import pytest
 
-from emq_lib import curvature, layer_statistics, proxies
+from book.studies import proxies
+from book.studies.proxies import load_statistics
 from emq_lib.bench.table import Bench
 from emq_lib.core.errors import InvalidScoreError
-from emq_lib.layer_statistics import load_statistics
+from emq_lib.proxies import curvature, handmade, layer_statistics
+from emq_lib.proxies.scores import score
 
 
 @pytest.fixture
@@ -66,20 +68,20 @@ def _clipped_std(bits):
     return np.sqrt((density * rounded**2).sum() / density.sum())
 
 
-SEPARABLE = [name for name, entry in proxies.PROXIES.items() if entry.variant != "as_released"]
+SEPARABLE = [name for name, entry in handmade.PROXIES.items() if entry.variant != "as_released"]
 SEPARABLE = [name for name in SEPARABLE if name not in ("CLADO", "added logit changes")]
 
 
 @pytest.mark.parametrize("name", SEPARABLE)
 def test_table_agrees_with_its_formula(name, statistics, moments):
-    table = proxies.score_table(name, statistics)
+    table = handmade.score_table(name, statistics)
     truth = [[_truth(name, statistics, moments, layer, column) for column in range(3)] for layer in range(6)]
     np.testing.assert_allclose(table, truth, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name in SEPARABLE if name not in ("bit-plain", "bit-GraSP")])
 def test_more_bits_score_higher(name, statistics):
-    table = proxies.score_table(name, statistics)
+    table = handmade.score_table(name, statistics)
     assert (table[:, -1] > table[:, 0]).all()
 
 
@@ -87,23 +89,23 @@ def test_pairs_are_summed_over_all_slots_that_a_configuration_selects(statistics
     configs = np.array([[2, 3, 4, 2, 2, 4], [4, 4, 4, 4, 4, 4]])
     losses = statistics.pair_losses.reshape(6, 3, 6, 3)
     products = statistics.logit_products.reshape(6, 3, 6, 3)
-    clado, added = (proxies.score_table(name, statistics) for name in ("CLADO", "added logit changes"))
+    clado, added = (handmade.score_table(name, statistics) for name in ("CLADO", "added logit changes"))
     for row, config in enumerate(configs):
         pairs = itertools.combinations(range(6), 2)
         alone = sum(losses[s, b - 2, s, b - 2] for s, b in enumerate(config))
         together = sum(losses[s, config[s] - 2, t, config[t] - 2] for s, t in pairs)
-        assert proxies.score(clado, configs, (2, 3, 4))[row] == pytest.approx(-alone - together)
+        assert score(clado, configs, (2, 3, 4))[row] == pytest.approx(-alone - together)
         change = sum(products[s, config[s] - 2, t, config[t] - 2] for s in range(6) for t in range(6))
-        assert proxies.score(added, configs, (2, 3, 4))[row] == pytest.approx(-change / 2)
+        assert score(added, configs, (2, 3, 4))[row] == pytest.approx(-change / 2)
 
 
 def test_layers_that_share_their_bits_are_one_row(statistics):
     tied = dataclasses.replace(
         statistics, slots=np.array([0, 1, 1, 2, 3, 4]), kl=statistics.kl[1:], loss=statistics.loss[1:]
     )
-    apart, together = (proxies.score_table("HAWQ-V2", s) for s in (statistics, tied))
+    apart, together = (handmade.score_table("HAWQ-V2", s) for s in (statistics, tied))
     np.testing.assert_allclose(together, [apart[0], apart[1] + apart[2], apart[3], apart[4], apart[5]])
-    assert proxies.score_table("bit sum", tied).shape == proxies.score_table("one-layer KL", tied).shape == (5, 3)
+    assert handmade.score_table("bit sum", tied).shape == handmade.score_table("one-layer KL", tied).shape == (5, 3)
 
 
 @pytest.mark.parametrize(
@@ -115,14 +117,14 @@ def test_layers_that_share_their_bits_are_one_row(statistics):
     ],
 )
 def test_bad_proxies_are_named(table, message, statistics, monkeypatch):
-    monkeypatch.setitem(proxies.PROXIES, "broken", dataclasses.replace(proxies.PROXIES["bit sum"], scores=table))
+    monkeypatch.setitem(handmade.PROXIES, "broken", dataclasses.replace(handmade.PROXIES["bit sum"], scores=table))
     with pytest.raises(InvalidScoreError, match=message):
-        proxies.score_table("broken", statistics)
+        handmade.score_table("broken", statistics)
 
 
 def test_unknown_proxy_lists_the_known_ones(statistics):
     with pytest.raises(InvalidScoreError, match="registered proxies: bit sum"):
-        proxies.score_table("astrology", statistics)
+        handmade.score_table("astrology", statistics)
 
 
 def test_stored_scores_are_those_of_the_configurations(own_study, profile):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from book.studies import bench
+from book.studies.proxies import load_statistics
 from book.studies.rows import load_network
 from book.studies.study import checked_path
 from emq_lib import quantization
@@ -19,8 +20,7 @@ from emq_lib.core.configs import parse_bits
 from emq_lib.core.costs import size_cost
 from emq_lib.core.errors import InfeasibleBudgetError, InvalidParameterError, UnsupportedModelError
 from emq_lib.core.quantizers import fake_quantize
-from emq_lib.layer_statistics import load_statistics
-from emq_lib.proxies import score_table
+from emq_lib.proxies.handmade import score_table
 from emq_lib.qat import QatRecipe
 
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.linear_model import LinearRegression
 
-from emq_lib import ranking
 from emq_lib.core.errors import ConfigLengthError, InvalidBitsError, InvalidParameterError, InvalidScoreError
+from emq_lib.proxies import intervals, oracles, ranking
 
 CHOICES = (2, 3, 4)
 
@@ -59,9 +59,9 @@ def test_of_equal_scores_the_first_stay():
 def test_counting_draws_equals_ranking_them(seed, levels, percent):
     rng = np.random.default_rng(seed)
     scores, accuracy = rng.integers(levels, size=60).astype(float), rng.integers(levels, size=60).astype(float)
-    counts = ranking._draw(4, [np.arange(60)], rng)
+    counts = intervals._draw(4, [np.arange(60)], rng)
     assert (counts.sum(axis=1) == 60).all()
-    for found, row in zip(ranking._rho_of_counts(scores, accuracy, percent)(counts), counts, strict=True):
+    for found, row in zip(intervals._rho_of_counts(scores, accuracy, percent)(counts), counts, strict=True):
         drawn = np.repeat(np.arange(60), row)
         x, y = scores[drawn], accuracy[drawn]
         kept = sorted(range(60), key=lambda i: -x[i])[: 60 * percent // 100]
@@ -73,7 +73,7 @@ def test_counting_draws_equals_ranking_them(seed, levels, percent):
 
 def test_interval_agrees_with_scipys():
     x, y = _pair(100, 0.9, 20)
-    found = ranking.bootstrap_rho(x, y, resamples=4_000, rng=np.random.default_rng(0))
+    found = intervals.bootstrap_rho(x, y, resamples=4_000, rng=np.random.default_rng(0))
 
     def rho(a, b, axis):
         return stats.spearmanr(a, b).statistic if a.ndim == 1 else ranking._correlation(a, b)
@@ -88,21 +88,21 @@ def test_interval_covers_the_truth_as_often_as_it_says(correlation, n):
     rng = np.random.default_rng(2)
     hits = []
     for seed in range(300):
-        estimate = ranking.bootstrap_rho(*_pair(n, correlation, 1000 + seed), resamples=300, rng=rng)
+        estimate = intervals.bootstrap_rho(*_pair(n, correlation, 1000 + seed), resamples=300, rng=rng)
         hits.append(estimate.lo <= truth <= estimate.hi)
     assert 0.91 <= np.mean(hits) <= 0.98  # 95 % with a binomial standard error of 1.3 points
 
 
 def test_a_perfect_ranking_has_an_interval_without_width():
     x = np.arange(50.0)
-    estimate = ranking.bootstrap_rho(x, x**3, rng=np.random.default_rng(0))
+    estimate = intervals.bootstrap_rho(x, x**3, rng=np.random.default_rng(0))
     assert (estimate.value, estimate.lo, estimate.hi) == pytest.approx((1, 1, 1))
     assert str(estimate) == "1.00 [1.00, 1.00], n = 50"
 
 
 def test_a_higher_level_is_wider():
     narrow, wide = (
-        ranking.bootstrap_rho(*_pair(80, 0.6, 1), level=level, rng=np.random.default_rng(0)) for level in (0.8, 0.99)
+        intervals.bootstrap_rho(*_pair(80, 0.6, 1), level=level, rng=np.random.default_rng(0)) for level in (0.8, 0.99)
     )
     assert wide.lo < narrow.lo < narrow.hi < wide.hi
     assert wide.level == 0.99
@@ -111,14 +111,14 @@ def test_a_higher_level_is_wider():
 def test_resamples_that_rank_nothing_are_not_passed_over():
     scores = np.array([3.0, 2] + [1] * 48)
     with pytest.raises(InvalidScoreError, match="resamples rank nothing"):
-        ranking.bootstrap_rho(scores, np.arange(50.0), percent=10, rng=np.random.default_rng(0))
+        intervals.bootstrap_rho(scores, np.arange(50.0), percent=10, rng=np.random.default_rng(0))
 
 
 def test_bootstrap_repeats_with_its_seed_and_narrows_with_n():
     widths = []
     for n in (50, 800):
         first, again = (
-            ranking.bootstrap_rho(*_pair(n, 0.6, 3), resamples=500, rng=np.random.default_rng(4)) for _ in range(2)
+            intervals.bootstrap_rho(*_pair(n, 0.6, 3), resamples=500, rng=np.random.default_rng(4)) for _ in range(2)
         )
         assert first == again
         widths.append(first.hi - first.lo)
@@ -130,13 +130,13 @@ def test_paired_comparison_sees_a_difference_that_unpaired_intervals_hide():
     accuracy = rng.normal(size=200)
     shared = accuracy + 0.5 * rng.normal(size=200)
     better, worse = shared + 0.05 * rng.normal(size=200), shared + 0.3 * rng.normal(size=200)
-    found = ranking.compare(better, worse, accuracy, rng=rng)
+    found = intervals.compare(better, worse, accuracy, rng=rng)
     assert found.lo <= found.difference <= found.hi
     assert found.lo > 0
     assert found.p < 0.05
-    one, two = (ranking.bootstrap_rho(s, accuracy, rng=rng) for s in (better, worse))
+    one, two = (intervals.bootstrap_rho(s, accuracy, rng=rng) for s in (better, worse))
     assert one.lo < two.hi  # the single intervals overlap
-    same = ranking.compare(better, better, accuracy, rng=rng)
+    same = intervals.compare(better, better, accuracy, rng=rng)
     assert same.difference == 0
     assert same.p == 1
 
@@ -146,7 +146,7 @@ def test_p_values_are_uniform_when_nothing_differs():
     p = []
     for _ in range(200):
         accuracy = rng.normal(size=100)
-        found = ranking.compare(*(accuracy + rng.normal(size=(2, 100))), accuracy, resamples=200, rng=rng)
+        found = intervals.compare(*(accuracy + rng.normal(size=(2, 100))), accuracy, resamples=200, rng=rng)
         p.append(found.p)
         assert (found.lo <= 0 <= found.hi) == (found.p >= 0.05) or abs(found.p - 0.05) < 0.02
     assert np.mean(np.array(p) < 0.05) < 0.11
@@ -154,10 +154,10 @@ def test_p_values_are_uniform_when_nothing_differs():
 
 
 def test_holm_against_a_worked_example():
-    np.testing.assert_allclose(ranking.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
-    assert ranking.holm([0.9, 0.8]).max() == 1
+    np.testing.assert_allclose(intervals.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    assert intervals.holm([0.9, 0.8]).max() == 1
     with pytest.raises(InvalidParameterError, match="0 to 1"):
-        ranking.holm([0.1, np.nan])
+        intervals.holm([0.1, np.nan])
 
 
 def test_partial_rho_is_the_correlation_of_residual_ranks():
@@ -175,7 +175,7 @@ def test_partial_rho_agrees_with_the_formula_for_one_covariate():
     x, y, z = np.linalg.cholesky([[1, 0.8, 0.6], [0.8, 1, 0.5], [0.6, 0.5, 1]]) @ rng.normal(size=(3, 400))
     xy, xz, yz = (ranking.spearman(*pair) for pair in ((x, y), (x, z), (y, z)))
     closed_form = (xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2))
-    found = ranking.bootstrap_partial_rho(x, y, z[:, None], rng=rng)
+    found = intervals.bootstrap_partial_rho(x, y, z[:, None], rng=rng)
     assert found.value == pytest.approx(closed_form, abs=1e-12)
     assert found.lo < (0.7859 - 0.5822 * 0.4826) / np.sqrt((1 - 0.5822**2) * (1 - 0.4826**2)) < found.hi
     repeated = np.column_stack([z, -z, np.ones(400)])  # collinear and constant columns add nothing
@@ -190,7 +190,7 @@ def test_partial_rho_of_the_covariates_themselves_is_undefined(proxy):
     size, bops = rng.integers(60_000, 120_000, size=100).astype(float), rng.uniform(1e8, 3e8, size=100)
     accuracy, covariates = size / 1e5 + rng.normal(size=100), np.column_stack([size, bops])
     assert np.isnan(ranking.partial_rho(proxy(size, bops), accuracy, covariates))
-    estimate = ranking.bootstrap_partial_rho(proxy(size, bops), accuracy, covariates, rng=rng)
+    estimate = intervals.bootstrap_partial_rho(proxy(size, bops), accuracy, covariates, rng=rng)
     assert np.isnan([estimate.value, estimate.lo, estimate.hi]).all()
 
 
@@ -199,7 +199,7 @@ def test_noise_ceiling_is_what_a_perfect_predictor_reaches(noise):
     rng = np.random.default_rng(8)
     truth = rng.normal(size=3_000)
     quarters = truth + noise * rng.normal(size=(4, 3_000))
-    ceiling = ranking.noise_ceiling(quarters[0], quarters[1], resamples=200, rng=rng)
+    ceiling = intervals.noise_ceiling(quarters[0], quarters[1], resamples=200, rng=rng)
     whole, other = quarters[:2].mean(axis=0), quarters[2:].mean(axis=0)
     assert ceiling.halves.value < ceiling.full < ceiling.perfect.value < 1
     assert ceiling.full == pytest.approx(ranking.spearman(whole, other), abs=0.03)
@@ -209,7 +209,7 @@ def test_noise_ceiling_is_what_a_perfect_predictor_reaches(noise):
 
 def test_noise_ceiling_of_pure_noise_is_low():
     rng = np.random.default_rng(12)
-    ceiling = ranking.noise_ceiling(*rng.normal(size=(2, 60)), rng=rng)
+    ceiling = intervals.noise_ceiling(*rng.normal(size=(2, 60)), rng=rng)
     assert ceiling.perfect.lo == 0
     assert ceiling.perfect.hi < 0.8
 
@@ -219,7 +219,7 @@ def test_additive_oracle_recovers_an_additive_truth():
     table = rng.normal(size=(8, 3))
     configs = rng.integers(2, 5, size=(300, 8))
     accuracy = table[np.arange(8), configs - 2].sum(axis=1)
-    oracle = ranking.additive_oracle(configs[:150], accuracy[:150], configs[150:], CHOICES)
+    oracle = oracles.additive_oracle(configs[:150], accuracy[:150], configs[150:], CHOICES)
     assert ranking.spearman(oracle.predictions, accuracy[150:]) > 0.999
     from_table = oracle.table[np.arange(8), configs[150:] - 2].sum(axis=1)
     np.testing.assert_allclose(np.diff(from_table), np.diff(oracle.predictions), atol=1e-9)
@@ -230,7 +230,7 @@ def test_pairwise_oracle_knows_interactions_that_a_sum_cannot():
     configs = rng.integers(2, 5, size=(400, 4))
     accuracy = np.where(configs[:, 0] == configs[:, 1], 1.0, -1.0) + 0.1 * configs[:, 2]
     halves = configs[:200], accuracy[:200], configs[200:], CHOICES
-    additive, pairwise = ranking.additive_oracle(*halves), ranking.pairwise_oracle(*halves)
+    additive, pairwise = oracles.additive_oracle(*halves), oracles.pairwise_oracle(*halves)
     assert pairwise.table is None
     assert ranking.spearman(pairwise.predictions, accuracy[200:]) > 0.95
     assert ranking.spearman(additive.predictions, accuracy[200:]) < 0.5
@@ -240,7 +240,7 @@ def test_pair_interactions_find_the_pair_and_little_else():
     rng = np.random.default_rng(21)
     configs = rng.choice(CHOICES, size=(600, 6))
     accuracy = configs @ np.arange(6.0) - 7 * ((configs[:, 1] == 2) & (configs[:, 4] == 2)) + rng.normal(size=600)
-    effects, p_values = ranking.pair_interactions(configs, accuracy, CHOICES)
+    effects, p_values = oracles.pair_interactions(configs, accuracy, CHOICES)
     assert effects[1, 4] == effects[4, 1] == pytest.approx(-7, abs=0.6)
     assert p_values[1, 4] < 1e-9
     others = np.delete(p_values[np.triu_indices(6, 1)], 7)  # (1, 4) is the eighth pair
@@ -258,7 +258,7 @@ def test_p_values_of_pair_interactions_are_uniform_without_any():
     for _ in range(40):
         configs = rng.choice(CHOICES, size=(120, 4))
         noise = rng.normal(size=120) * (1 + 3 * (configs[:, 0] == 2))  # of unequal variance
-        found.extend(ranking.pair_interactions(configs, noise, CHOICES)[1][np.triu_indices(4, 1)])
+        found.extend(oracles.pair_interactions(configs, noise, CHOICES)[1][np.triu_indices(4, 1)])
     assert abs(np.mean(np.array(found) < 0.1) - 0.1) < 0.06
 
 
@@ -266,10 +266,10 @@ def test_pair_interactions_need_more_configurations_than_coefficients():
     rng = np.random.default_rng(23)
     configs = rng.choice(CHOICES, size=(10, 6))
     with pytest.raises(InvalidScoreError, match="too few"):
-        ranking.pair_interactions(configs, rng.normal(size=10), CHOICES)
+        oracles.pair_interactions(configs, rng.normal(size=10), CHOICES)
 
 
-@pytest.mark.parametrize("oracle", [ranking.additive_oracle, ranking.pairwise_oracle])
+@pytest.mark.parametrize("oracle", [oracles.additive_oracle, oracles.pairwise_oracle])
 def test_oracles_refuse_foreign_configurations(oracle):
     rng = np.random.default_rng(14)
     configs, accuracy = rng.integers(2, 5, size=(40, 3)), rng.normal(size=40)
@@ -283,11 +283,11 @@ def test_oracles_refuse_foreign_configurations(oracle):
 
 def test_a_table_is_stretched_to_another_depth():
     table = np.random.default_rng(23).normal(size=(7, 3))
-    np.testing.assert_array_equal(ranking.resample_layers(table, 7), table)
+    np.testing.assert_array_equal(oracles.resample_layers(table, 7), table)
     ramp = np.linspace(0, 1, 40)[:, None] * [1.0, 2.0]
     depths = (np.arange(9) + 0.5) / 9 * 40 - 0.5
-    np.testing.assert_allclose(ranking.resample_layers(ramp, 9), depths[:, None] / 39 * [1.0, 2.0], atol=1e-12)
-    assert np.array_equal(ranking.resample_layers(table[:1], 5), np.repeat(table[:1], 5, axis=0))
+    np.testing.assert_allclose(oracles.resample_layers(ramp, 9), depths[:, None] / 39 * [1.0, 2.0], atol=1e-12)
+    assert np.array_equal(oracles.resample_layers(table[:1], 5), np.repeat(table[:1], 5, axis=0))
 
 
 def test_regret_is_what_trusting_costs():
@@ -303,13 +303,13 @@ def test_interval_of_regret_comes_from_resampling_whole_configurations():
     rng = np.random.default_rng(0)
     accuracy, costs = rng.normal(60, 10, size=80), rng.uniform(size=80)
     scores = accuracy + rng.normal(0, 5, size=80)
-    found = ranking.bootstrap_regret(scores, accuracy, costs, 0.5, resamples=3_000, rng=np.random.default_rng(1))
+    found = intervals.bootstrap_regret(scores, accuracy, costs, 0.5, resamples=3_000, rng=np.random.default_rng(1))
     fits = np.flatnonzero(costs <= 0.5)
     draws = [rng.choice(fits, size=len(fits)) for _ in range(3_000)]
     lost = [accuracy[rows].max() - accuracy[rows][scores[rows].argmax()] for rows in draws]
     assert (found.value, found.n) == (ranking.regret(scores, accuracy, costs, 0.5), len(fits))
     np.testing.assert_allclose([found.lo, found.hi], np.quantile(lost, [0.025, 0.975]), atol=1.0)
-    perfect = ranking.bootstrap_regret(accuracy, accuracy, costs, 0.5, rng=rng)
+    perfect = intervals.bootstrap_regret(accuracy, accuracy, costs, 0.5, rng=rng)
     assert (perfect.value, perfect.lo, perfect.hi) == (0, 0, 0)
 
 
@@ -318,17 +318,17 @@ def test_rho_inside_bins_ignores_what_cost_alone_explains():
     costs = rng.uniform(size=200)
     hidden = rng.normal(size=200)
     accuracy = 100 * costs + hidden
-    knows = ranking.bootstrap_binned_rho(hidden + 50 * costs, accuracy, costs, rng=rng)
+    knows = intervals.bootstrap_binned_rho(hidden + 50 * costs, accuracy, costs, rng=rng)
     order = np.argsort(costs, kind="stable").reshape(5, 40)
     truth = np.mean([stats.spearmanr((hidden + 50 * costs)[rows], accuracy[rows]).statistic for rows in order])
     assert knows.value == pytest.approx(truth)
     assert knows.lo < truth < knows.hi
-    blind = ranking.bootstrap_binned_rho(rng.normal(size=200), accuracy, costs, rng=rng)
+    blind = intervals.bootstrap_binned_rho(rng.normal(size=200), accuracy, costs, rng=rng)
     assert blind.lo < 0 < blind.hi
-    equal = ranking.bootstrap_binned_rho(np.floor(5 * (costs.argsort().argsort() / 200)), accuracy, costs, rng=rng)
+    equal = intervals.bootstrap_binned_rho(np.floor(5 * (costs.argsort().argsort() / 200)), accuracy, costs, rng=rng)
     assert np.isnan(equal.value)
     with pytest.raises(InvalidScoreError, match="50 bins"):
-        ranking.bootstrap_binned_rho(hidden, accuracy, costs, bins=50, rng=rng)
+        intervals.bootstrap_binned_rho(hidden, accuracy, costs, bins=50, rng=rng)
 
 
 def test_interval_inside_bins_covers_the_truth():
@@ -337,7 +337,7 @@ def test_interval_inside_bins_covers_the_truth():
     for _ in range(200):
         x = rng.normal(size=150)
         y = 0.8 * x + 0.6 * rng.normal(size=150)
-        found = ranking.bootstrap_binned_rho(x, y, rng.uniform(size=150), bins=3, resamples=400, rng=rng)
+        found = intervals.bootstrap_binned_rho(x, y, rng.uniform(size=150), bins=3, resamples=400, rng=rng)
         hits += found.lo <= truth <= found.hi
     assert 0.90 <= hits / 200 <= 0.985
 
@@ -350,11 +350,11 @@ def test_predicted_number_of_configurations_has_the_power_it_promises():
         accuracy = rng.normal(size=n)
         return accuracy + 0.6 * rng.normal(size=n), accuracy + 0.8 * rng.normal(size=n), accuracy
 
-    large = [ranking.compare(*bench(2_000), resamples=400, rng=rng) for _ in range(5)]
+    large = [intervals.compare(*bench(2_000), resamples=400, rng=rng) for _ in range(5)]
     n = round(np.median([found.configs_to_separate() for found in large]))
-    shown = np.mean([ranking.compare(*bench(n), resamples=400, rng=rng).lo > 0 for _ in range(150)])
+    shown = np.mean([intervals.compare(*bench(n), resamples=400, rng=rng).lo > 0 for _ in range(150)])
     assert 0.68 <= shown <= 0.92
-    assert ranking.Comparison(0.0, -1, 1, 1, 0.1, 50).configs_to_separate() == np.inf
+    assert intervals.Comparison(0.0, -1, 1, 1, 0.1, 50).configs_to_separate() == np.inf
 
 
 def test_weighted_tau_looks_at_the_best():
@@ -370,7 +370,7 @@ def test_interval_of_any_statistic_is_scipys(statistic):
     rng = np.random.default_rng(3)
     scores = rng.normal(size=60)
     top1 = 50 + 8 * scores + 4 * rng.normal(size=60)
-    found = ranking.bootstrap(statistic, scores, top1, resamples=1_000, rng=rng)
+    found = intervals.bootstrap(statistic, scores, top1, resamples=1_000, rng=rng)
     other = stats.bootstrap((scores, top1), statistic, paired=True, vectorized=False, n_resamples=1_000, rng=rng)
     assert found.value == statistic(scores, top1)
     ends = other.confidence_interval
@@ -388,7 +388,7 @@ def test_correlation_on_the_logit_scale():
     ("rho", "n", "low", "high"), [(0.7921, 50, 0.65, 0.88), (0.57, 25, 0.21, 0.79), (0.4259, 10, -0.30, 0.84)]
 )
 def test_sampling_interval_of_reported_correlations(rho, n, low, high):
-    assert ranking.sampling_interval(rho, n) == pytest.approx((low, high), abs=0.005)
+    assert intervals.sampling_interval(rho, n) == pytest.approx((low, high), abs=0.005)
 
 
 @pytest.mark.parametrize(
@@ -406,7 +406,7 @@ def test_bad_input_is_named(scores, accuracy, message):
 
 def test_too_few_configurations_for_an_interval():
     with pytest.raises(InvalidScoreError, match="30 configurations or more, got 12"):
-        ranking.bootstrap_rho(*_pair(12, 0.5, 0), rng=np.random.default_rng(0))
+        intervals.bootstrap_rho(*_pair(12, 0.5, 0), rng=np.random.default_rng(0))
 
 
 @pytest.mark.parametrize(
@@ -414,10 +414,10 @@ def test_too_few_configurations_for_an_interval():
     [
         lambda x, y: ranking.rho_at(x, y, 0),
         lambda x, y: ranking.rho_at(x, y, 101),
-        lambda x, y: ranking.bootstrap_rho(x, y, level=95, rng=np.random.default_rng(0)),
-        lambda x, y: ranking.bootstrap_rho(x, y, resamples=10, rng=np.random.default_rng(0)),
-        lambda x, y: ranking.sampling_interval(0.5, 3),
-        lambda x, y: ranking.sampling_interval(1.0, 30),
+        lambda x, y: intervals.bootstrap_rho(x, y, level=95, rng=np.random.default_rng(0)),
+        lambda x, y: intervals.bootstrap_rho(x, y, resamples=10, rng=np.random.default_rng(0)),
+        lambda x, y: intervals.sampling_interval(0.5, 3),
+        lambda x, y: intervals.sampling_interval(1.0, 30),
     ],
 )
 def test_arguments_out_of_range_are_named(call):

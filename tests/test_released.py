@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from emq_lib import proxies, released
+from book.studies.proxies import load_statistics
 from emq_lib.core.graphs import layer_table
 from emq_lib.core.models import build_model
-from emq_lib.layer_statistics import load_statistics
+from emq_lib.proxies import handmade, released, scores
 
 CHOICES = (2, 3, 4)
 
@@ -33,7 +33,7 @@ def statistics(study, profile, found):
 
 
 def _score(name, statistics, config):
-    return proxies.score(proxies.score_table(f"{name}, as released", statistics), np.array([config]), CHOICES)[0]
+    return scores.score(handmade.score_table(f"{name}, as released", statistics), np.array([config]), CHOICES)[0]
 
 
 CONFIG = (2, 4, 3, 3, 4, 2)
@@ -83,7 +83,7 @@ def test_the_released_formula_is_a_sum_of_roots_of_bits(statistics, network):
 def test_quantization_entropy_counts_bits_from_the_first_block(statistics):
     weights = [8, 8, 7, 7, 6, 6]  # stages of the six convolutions in blocks: 1 + 1 + 6, 1 + 6 and 6
     truth = sum(
-        weight * np.log(proxies.rounded_normal_std(8) * proxies.rounded_normal_std(bits))
+        weight * np.log(handmade.rounded_normal_std(8) * handmade.rounded_normal_std(bits))
         for weight, bits in zip(weights, CONFIG, strict=True)
     )
     assert _score("QE", statistics, CONFIG) == pytest.approx(truth)

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from emq_lib import saliency
 from emq_lib.core.errors import InvalidParameterError
 from emq_lib.core.graphs import fold_batchnorm, layer_table
 from emq_lib.core.models import load_checkpoint
+from emq_lib.proxies import saliency
 
 SHAPE = (1, 16, 16)
 

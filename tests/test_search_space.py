@@ -11,11 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emq_lib import proxies
 from emq_lib import search_space as space
 from emq_lib.core.errors import GenotypeSyntaxError
-from emq_lib.layer_statistics import LayerStatistics
-from emq_lib.released import ReleasedStatistics
+from emq_lib.proxies import handmade
+from emq_lib.proxies.layer_statistics import LayerStatistics
+from emq_lib.proxies.released import ReleasedStatistics
+from emq_lib.proxies.scores import AGGREGATIONS, score
 
 CHOICES = (2, 3, 4)
 SHAPES = ((4, 9), (6, 18), (5, 12))
@@ -92,7 +93,7 @@ genotypes = st.builds(
         structure, aggregations=(aggregation,), prioritized=prioritized
     ).random(np.random.default_rng(seed)),
     st.sampled_from(space.STRUCTURES),
-    st.sampled_from(list(proxies.AGGREGATIONS)),
+    st.sampled_from(list(AGGREGATIONS)),
     st.booleans(),
     st.integers(0, 100_000),
 )
@@ -300,7 +301,7 @@ def test_every_binary_agrees_with_its_formula(statistics, evaluator):
 @pytest.mark.parametrize("name", space.KNOWN)
 def test_hand_made_proxies_are_points_of_the_space(name, statistics, evaluator):
     """The same numbers, but SQNR in decibels: 20 log10 there, natural logarithm here."""
-    found, truth = evaluator.scores(space.KNOWN[name]), proxies.score_table(name, statistics)
+    found, truth = evaluator.scores(space.KNOWN[name]), handmade.score_table(name, statistics)
     scale = 20 / math.log(10) if name == "SQNR" else 1.0
     np.testing.assert_allclose(found * scale, truth, rtol=1e-4, atol=1e-7)
 
@@ -338,7 +339,7 @@ def test_a_sum_over_pairs_is_the_expected_score_of_a_layer(statistics, evaluator
     """Of all configurations that give a layer a width: their mean score, less what they have in common."""
     configs = np.array(list(itertools.product(CHOICES, repeat=3)))
     for name in ("CLADO", "added logit changes"):
-        scores = proxies.score(proxies.score_table(name, statistics), configs, CHOICES)
+        scores = score(handmade.score_table(name, statistics), configs, CHOICES)
         table = evaluator.scores(space.parse(f"sequential({'P' if name == 'CLADO' else 'D'}: sum, negate)"))
         for slot, choice in itertools.product(range(3), range(3)):
             chosen = configs[:, slot] == CHOICES[choice]
@@ -378,7 +379,7 @@ def test_aggregations_by_hand(statistics, evaluator):
         "weakest": parts.min(),
         "survival": sum(math.exp(parts[: end + 1].sum() / scale) for end in range(3)),
     }
-    assert set(truth) == set(proxies.AGGREGATIONS)
+    assert set(truth) == set(AGGREGATIONS)
     for name, expected in truth.items():
         genotype = space.parse(f"{'' if name == 'sum' else name + ' '}sequential(K: negate)")
         assert genotype.aggregation == name
@@ -388,7 +389,7 @@ def test_aggregations_by_hand(statistics, evaluator):
 def test_children_take_every_gene_from_a_parent():
     rng = np.random.default_rng(0)
     for structure in space.STRUCTURES:
-        whole = space.Space(structure, aggregations=tuple(proxies.AGGREGATIONS))
+        whole = space.Space(structure, aggregations=tuple(AGGREGATIONS))
         one, two = whole.random(rng), whole.random(rng)
         before = str(one), str(two)
         for _ in range(20):

@@ -1,27 +1,30 @@
-"""Rank correlations with intervals: how well scores order configurations, and how sure one can be of it.
+"""How sure one can be of a rank correlation: bootstrap intervals, paired comparisons, noise ceilings.
 
 Explained in chapter 02.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import linalg, stats
-from sklearn.linear_model import RidgeCV
-from sklearn.preprocessing import PolynomialFeatures
+from scipy import stats
 
-from emq_lib.core.costs import choice_indices
 from emq_lib.core.errors import InvalidParameterError, InvalidScoreError
+from emq_lib.proxies.ranking import (
+    _UNEXPLAINED,
+    MINIMUM,
+    _checked,
+    _checked_covariates,
+    _count,
+    _within,
+    partial_rho,
+    regret,
+    rho_at,
+)
 
-PERCENTS = (20, 50, 100)
-MINIMUM = 30
-_ALPHAS = np.logspace(-3, 3, 25)
-_UNEXPLAINED = 1e-6  # share of a variance below which nothing is left of it
 _BLOCK = 500_000  # numbers that a block of resamples may hold
 
 
@@ -89,123 +92,6 @@ class NoiseCeiling:
     halves: RankEstimate
     full: float
     perfect: RankEstimate
-
-
-@dataclass(frozen=True)
-class Oracle:
-    """A regression from bits to accuracy, fitted on one half of the configurations.
-
-    Attributes:
-        table: score table (S, B); None if the regression has products of layers, which no table holds.
-        predictions: its scores of the other half, shape (N,).
-        alpha: ridge penalty, chosen by leave-one-out on the first half.
-    """
-
-    table: np.ndarray | None
-    predictions: np.ndarray
-    alpha: float
-
-
-def spearman(scores: np.ndarray, accuracy: np.ndarray) -> float:
-    """Return Spearman's rho, ties given their mean rank.
-
-    >>> spearman([1, 2, 3, 4], [10, 20, 40, 30])
-    0.8
-    """
-    return rho_at(scores, accuracy, 100)
-
-
-def rho_at(scores: np.ndarray, accuracy: np.ndarray, percent: float) -> float:
-    """Return Spearman's rho among the configurations that the scores rank highest: the paper's metric.
-
-    Args:
-        scores: shape (N,); higher is better.
-        accuracy: shape (N,).
-        percent: share that is kept, above 0 and up to 100, rounded to the nearest number of configurations (a half
-            to the even one); of equal scores the first ones stay.
-
-    Raises:
-        InvalidScoreError: lengths differ, fewer than 3 configurations stay, a value is not finite or all are equal.
-        InvalidParameterError: the share is not one.
-    """
-    scores, accuracy = _checked(scores, accuracy)
-    kept = _best(scores, percent)
-    if len(kept) < 3:
-        raise InvalidScoreError(
-            f"{percent} % of {len(scores)} configurations are {len(kept)}; a rank correlation needs 3."
-        )
-    for name, values in (("score", scores[kept]), ("accuracy", accuracy[kept])):
-        if (values == values[0]).all():
-            raise InvalidScoreError(f"the best {percent} % all have the same {name}, so they rank nothing.")
-    return float(fitness_terms(scores[None], accuracy, (percent,))[0, 0])
-
-
-def fitness(scores: np.ndarray, accuracy: np.ndarray, percents: Sequence[float] = PERCENTS) -> float:
-    """Return the mean of rho at the given shares: the paper's fitness.
-
-    Raises:
-        InvalidScoreError: see :func:`rho_at`.
-    """
-    return float(np.mean([rho_at(scores, accuracy, percent) for percent in percents]))
-
-
-def fitness_many(scores: np.ndarray, accuracy: np.ndarray, percents: Sequence[float] = PERCENTS) -> np.ndarray:
-    """Return the fitness of many proxies at once.
-
-    Args:
-        scores: shape (P, N).
-        accuracy: shape (N,).
-        percents: shares whose rho is averaged.
-
-    Returns:
-        shape (P,); NaN where scores are not finite, or equal within one of the shares, or a share keeps fewer than 3.
-
-    Raises:
-        InvalidScoreError: shapes do not fit, or an accuracy is not finite.
-    """
-    return fitness_terms(scores, accuracy, percents).mean(axis=1)
-
-
-def fitness_terms(scores: np.ndarray, accuracy: np.ndarray, percents: Sequence[float]) -> np.ndarray:
-    """Return rho at each share for each row of scores, shape (P, len(percents)); NaN as in :func:`fitness_many`."""
-    scores, accuracy = np.asarray(scores, dtype=np.float64), np.asarray(accuracy, dtype=np.float64)
-    if scores.ndim != 2 or scores.shape[1:] != accuracy.shape:
-        raise InvalidScoreError(f"scores {scores.shape} need one column for each of the accuracies {accuracy.shape}.")
-    if not np.isfinite(accuracy).all():
-        raise InvalidScoreError("the accuracies hold NaN or infinity: measure those configurations again.")
-    order = np.argsort(-scores, axis=1, kind="stable")
-    terms = []
-    for percent in percents:
-        kept = order[:, : _count(scores.shape[1], percent)]
-        rho = _correlation(np.take_along_axis(scores, kept, axis=1), accuracy[kept])
-        terms.append(rho if kept.shape[1] >= 3 else np.full(len(scores), np.nan))
-    return np.where(np.isfinite(scores).all(axis=1)[:, None], np.stack(terms, axis=1), np.nan)
-
-
-def kendall(scores: np.ndarray, accuracy: np.ndarray) -> float:
-    """Return Kendall's tau-b."""
-    return float(stats.kendalltau(*_checked(scores, accuracy)).statistic)
-
-
-def weighted_tau(scores: np.ndarray, accuracy: np.ndarray) -> float:
-    """Return Kendall's tau with hyperbolic weights, in which exchanges among the best count most (Vigna 2015)."""
-    return float(stats.weightedtau(*_checked(scores, accuracy)).statistic)
-
-
-def logit_pearson(scores: np.ndarray, top1: np.ndarray) -> float:
-    """Return Pearson's correlation of scores with log(a / (1 - a)), where a is the top-1 accuracy.
-
-    Args:
-        scores: shape (N,).
-        top1: in percent, shape (N,).
-
-    Raises:
-        InvalidScoreError: see :func:`rho_at`; or an accuracy is not inside 0 to 100.
-    """
-    scores, top1 = _checked(scores, top1)
-    if not ((top1 > 0) & (top1 < 100)).all():
-        raise InvalidScoreError("a logit needs accuracies inside 0 to 100 %.")
-    return float(stats.pearsonr(scores, np.log(top1 / (100 - top1))).statistic)
 
 
 def bootstrap_rho(
@@ -326,31 +212,6 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     return adjusted
 
 
-def partial_rho(scores: np.ndarray, accuracy: np.ndarray, covariates: np.ndarray) -> float:
-    """Return Spearman's partial correlation of scores and accuracy at fixed covariates.
-
-    All columns are replaced by their ranks; those of the covariates are regressed out of the other two; what is left is
-    correlated.
-
-    Args:
-        scores: shape (N,).
-        accuracy: shape (N,).
-        covariates: shape (N, K), e.g. size and BOPs.
-
-    Returns:
-        the correlation; NaN if scores or accuracies are a linear function of the covariates, in ranks or in values, up
-        to a millionth of their variance. Nothing but rounding is then left to correlate: the proxy *is* size.
-
-    Raises:
-        InvalidScoreError: see :func:`rho_at`; or the covariates have another length or are not finite.
-    """
-    scores, accuracy = _checked(scores, accuracy)
-    covariates = _checked_covariates(covariates, len(scores))
-    if min(_unexplained(values, covariates) for values in (scores, accuracy)) < _UNEXPLAINED:
-        return float("nan")
-    return float(_partial_of_counts(scores, accuracy, covariates)(np.ones((1, len(scores)), dtype=np.int64))[0])
-
-
 def bootstrap_partial_rho(
     scores: np.ndarray,
     accuracy: np.ndarray,
@@ -455,138 +316,6 @@ def noise_ceiling(
     return NoiseCeiling(halves, value, RankEstimate(value**0.5, lo**0.5, hi**0.5, halves.n, halves.level))
 
 
-def additive_oracle(configs: np.ndarray, accuracy: np.ndarray, others: np.ndarray, choices: Sequence[int]) -> Oracle:
-    """Fit ridge regression from one-hot bits to measured accuracy, and predict other configurations.
-
-    It sees accuracies, which no proxy does, so it says what a sum over layers can reach. The penalty is chosen by
-    leave-one-out on the configurations it is fitted to; the others are only predicted.
-
-    Args:
-        configs: bits to fit on, shape (N, S).
-        accuracy: their accuracy, shape (N,).
-        others: bits to predict, shape (M, S).
-        choices: the B allowed widths.
-
-    Raises:
-        ConfigLengthError: the configurations differ in length.
-        InvalidBitsError: a width outside the choices.
-        InvalidScoreError: the accuracies have another length, are not finite or are all equal.
-    """
-    fitted, predicted, slots = _design(configs, accuracy, others, choices)
-    model = RidgeCV(alphas=_ALPHAS).fit(fitted, accuracy)
-    return Oracle(model.coef_.reshape(slots, len(choices)), model.predict(predicted), float(model.alpha_))
-
-
-def pairwise_oracle(configs: np.ndarray, accuracy: np.ndarray, others: np.ndarray, choices: Sequence[int]) -> Oracle:
-    """Fit ridge regression from one-hot bits and their products over pairs of layers, and predict other configurations.
-
-    It says how much layers interact: what a score beyond a sum over layers can reach with this many measured
-    configurations. Arguments, returns and errors are those of :func:`additive_oracle`, but there is no table.
-    """
-    fitted, predicted, _ = _design(configs, accuracy, others, choices)
-    products = PolynomialFeatures(degree=2, interaction_only=True, include_bias=False).fit(fitted)
-    model = RidgeCV(alphas=_ALPHAS).fit(products.transform(fitted), accuracy)
-    return Oracle(None, model.predict(products.transform(predicted)), float(model.alpha_))
-
-
-def pair_interactions(
-    configs: np.ndarray, accuracy: np.ndarray, choices: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Estimate what two layers lose together, beyond the sum of what each loses alone, at the lowest width.
-
-    For every pair of layers the coefficient of "both have the lowest width" in a least-squares regression of accuracy
-    on that product and the one-hot bits of all layers. The p-values, of no interaction, use standard errors that allow
-    unequal variances (White 1980, with the correction for degrees of freedom).
-
-    Args:
-        configs: bits, shape (N, S).
-        accuracy: shape (N,).
-        choices: the B allowed widths.
-
-    Returns:
-        two arrays of shape (S, S), symmetric: the interaction in the unit of the accuracy (diagonal zero), and its
-        p-value (diagonal one).
-
-    Raises:
-        ConfigLengthError, InvalidBitsError, InvalidScoreError: see :func:`additive_oracle`.
-        InvalidScoreError: there are no more configurations than coefficients.
-    """
-    one_hot, _, slots = _design(configs, accuracy, configs, choices)
-    basis = linalg.orth(one_hot)  # the constant is among its span: one-hot bits of a layer sum to one
-    free = len(one_hot) - basis.shape[1] - 1
-    if free <= 0:
-        raise InvalidScoreError(f"{len(one_hot)} configurations are too few for {basis.shape[1] + 1} coefficients.")
-    lowest = one_hot[:, :: len(choices)]
-    left = accuracy - basis @ (basis.T @ accuracy)
-    effects, p_values = np.zeros((slots, slots)), np.ones((slots, slots))
-    for first, second in itertools.combinations(range(slots), 2):
-        product = lowest[:, first] * lowest[:, second]
-        product = product - basis @ (basis.T @ product)
-        energy = product @ product
-        if energy > 1e-9:
-            effect = product @ left / energy
-            variance = np.square(product * (left - effect * product)).sum() / energy**2 * len(left) / free
-            effects[first, second] = effects[second, first] = effect
-            p_value = 2 * stats.t.sf(abs(effect) / np.sqrt(variance), free)
-            p_values[first, second] = p_values[second, first] = p_value
-    return effects, p_values
-
-
-def resample_layers(table: np.ndarray, slots: int) -> np.ndarray:
-    """Return a score table for a network of another depth, by linear interpolation over the relative depth.
-
-    Slot s of S stands at (s + 1/2) / S. Beyond the first and the last slot the table stays as it is there.
-
-    Args:
-        table: shape (S, B).
-        slots: number of slots of the other network.
-
-    Returns:
-        float64 array of shape (slots, B).
-
-    >>> resample_layers(np.array([[0.0, 1.0], [4.0, 3.0]]), 4)
-    array([[0. , 1. ],
-           [1. , 1.5],
-           [3. , 2.5],
-           [4. , 3. ]])
-    """
-    table = np.asarray(table, dtype=np.float64)
-    places, wanted = ((np.arange(count) + 0.5) / count for count in (len(table), slots))
-    return np.stack([np.interp(wanted, places, column) for column in table.T], axis=1)
-
-
-def regret(scores: np.ndarray, accuracy: np.ndarray, costs: np.ndarray, budget: float) -> float:
-    """Return the accuracy lost by trusting the scores among the configurations within a budget.
-
-    The best measured accuracy within the budget minus that of the configuration with the highest score (of equal scores
-    the first one). Both are looked up, so luck of the images makes the best one look a little better than it is.
-
-    Args:
-        scores: shape (N,).
-        accuracy: shape (N,).
-        costs: shape (N,).
-        budget: upper bound on the cost.
-
-    Raises:
-        InvalidScoreError: no configuration fits, or costs are not one finite number for each configuration.
-    """
-    scores, accuracy = _within(scores, accuracy, costs, budget)
-    return float(accuracy.max() - accuracy[scores.argmax()])
-
-
-def _within(
-    scores: np.ndarray, accuracy: np.ndarray, costs: np.ndarray, budget: float
-) -> tuple[np.ndarray, np.ndarray]:
-    scores, accuracy = _checked(scores, accuracy)
-    costs = np.asarray(costs, dtype=np.float64)
-    if costs.shape != scores.shape or not np.isfinite(costs).all():
-        raise InvalidScoreError(f"costs {costs.shape} must be one finite number for each of {len(scores)} scores.")
-    fits = np.flatnonzero(costs <= budget)
-    if not len(fits):
-        raise InvalidScoreError(f"no configuration costs {budget} or less; the cheapest costs {np.min(costs)}.")
-    return scores[fits], accuracy[fits]
-
-
 def bootstrap_regret(
     scores: np.ndarray,
     accuracy: np.ndarray,
@@ -639,55 +368,6 @@ def sampling_interval(rho: float, n: int, *, level: float = 0.95) -> tuple[float
         raise InvalidParameterError(f"need -1 < rho < 1, n > 3 and 0 < level < 1; got {rho}, {n} and {level}.")
     half_width = stats.norm.ppf((1 + level) / 2) * np.sqrt(1.06 / (n - 3))
     return float(np.tanh(np.arctanh(rho) - half_width)), float(np.tanh(np.arctanh(rho) + half_width))
-
-
-def _checked(scores: np.ndarray, accuracy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    scores, accuracy = np.asarray(scores, dtype=np.float64), np.asarray(accuracy, dtype=np.float64)
-    if scores.ndim != 1 or scores.shape != accuracy.shape or len(scores) < 3:
-        raise InvalidScoreError(f"scores {scores.shape} and accuracies {accuracy.shape} must be 1-D, alike, 3 or more.")
-    for name, values in (("scores", scores), ("accuracies", accuracy)):
-        if not np.isfinite(values).all():
-            raise InvalidScoreError(
-                f"the {name} hold NaN or infinity at position {np.flatnonzero(~np.isfinite(values))[0]}."
-            )
-        if (values == values[0]).all():
-            raise InvalidScoreError(f"the {name} are all equal, so they rank nothing.")
-    return scores, accuracy
-
-
-def _count(n: int, percent: float) -> int:
-    if not 0 < percent <= 100:
-        raise InvalidParameterError(f"a share must lie above 0 and up to 100 %, got {percent}.")
-    return max(1, round(n * percent / 100))
-
-
-def _best(scores: np.ndarray, percent: float) -> np.ndarray:
-    return np.argsort(-scores, kind="stable")[: _count(len(scores), percent)]
-
-
-def _correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return Spearman's rho of each pair of rows, shape (P,); NaN where a row is constant."""
-    x, y = (stats.rankdata(values, axis=1) for values in (x, y))
-    x, y = x - x.mean(axis=1, keepdims=True), y - y.mean(axis=1, keepdims=True)
-    norm = np.sqrt((x**2).sum(axis=1) * (y**2).sum(axis=1))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(norm > 0, (x * y).sum(axis=1) / norm, np.nan)
-
-
-def _checked_covariates(covariates: np.ndarray, n: int) -> np.ndarray:
-    covariates = np.asarray(covariates, dtype=np.float64)
-    if covariates.ndim != 2 or len(covariates) != n or not np.isfinite(covariates).all():
-        raise InvalidScoreError(f"covariates {covariates.shape} must be finite, with one row for each of {n} scores.")
-    return covariates
-
-
-def _unexplained(values: np.ndarray, covariates: np.ndarray) -> float:
-    """Return the share of a variance that no linear function of the covariates explains."""
-    values, covariates = values - values.mean(), covariates - covariates.mean(axis=0)
-    covariates = covariates / np.maximum(np.abs(covariates).max(axis=0), np.finfo(np.float64).tiny)
-    values = values / np.abs(values).max()
-    left = values - covariates @ np.linalg.lstsq(covariates, values, rcond=None)[0]
-    return float((left**2).sum() / (values**2).sum())
 
 
 def _rank_function(values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
@@ -818,20 +498,3 @@ def _p_value(found: _Bootstrap) -> float:
     z = stats.norm.ppf(_share_below(found.draws, 0.0)) - found.bias
     z = z / (1 + found.acceleration * z) - found.bias
     return float(min(1.0, 2 * stats.norm.sf(abs(z))))
-
-
-def _design(
-    configs: np.ndarray, accuracy: np.ndarray, others: np.ndarray, choices: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return both halves one-hot, shapes (N, S B) and (M, S B), and S."""
-    configs = np.atleast_2d(configs)
-    slots = configs.shape[1]
-    if np.shape(accuracy) != (len(configs),) or not np.isfinite(accuracy).all() or not np.ptp(accuracy) > 0:
-        raise InvalidScoreError(
-            f"accuracies {np.shape(accuracy)} must be finite, not all equal, one for each of {len(configs)} configs."
-        )
-    one_hot = np.eye(len(choices))
-    fitted, predicted = (
-        one_hot[choice_indices(bits, choices, slots)].reshape(-1, slots * len(choices)) for bits in (configs, others)
-    )
-    return fitted, predicted, slots

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from emq_lib import curvature, saliency
 from emq_lib.core.datasets import Split
 from emq_lib.core.graphs import fold_batchnorm, layer_table
 from emq_lib.core.models import INPUT_SHAPES, build_model
 from emq_lib.core.profiles import Profile
+from emq_lib.proxies import curvature, saliency
 
 IMAGES = 128  # the release's batch
 QE_RATIOS = (0.0, 0.0, 1.0, 1.0, 6.0)  # weights of five stages in the released QE score

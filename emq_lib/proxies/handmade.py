@@ -1,29 +1,20 @@
-"""Hand-designed proxies: one decorated function each, higher is better.
+"""Hand-designed proxies: one decorated function each, which turns statistics into a score table.
 
-A separable proxy is a table of shape (S, B); the score of a configuration is the sum of the entries that it selects. A
-proxy with terms for pairs of slots is a matrix of shape (S B, S B); the score is the sum over all pairs of entries that
-a configuration selects. Every function here turns :class:`~emq_lib.layer_statistics.LayerStatistics` into one of
-them. Explained in chapter 02; what the released code does instead, in the appendix "As released".
+Explained in chapter 02.
 """
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 from scipy import stats
 
-from book.studies.study import checked_path, record, study_folder
-from emq_lib.core.costs import choice_indices, selected
 from emq_lib.core.errors import InvalidScoreError
-from emq_lib.core.files import atomic_path, to_json
-from emq_lib.core.profiles import Profile
-from emq_lib.layer_statistics import LayerStatistics, load_statistics
-from emq_lib.released import QE_RATIOS, align
+from emq_lib.proxies.layer_statistics import LayerStatistics
+from emq_lib.proxies.released import QE_RATIOS, align
+from emq_lib.proxies.scores import is_table
 
 RELEASED = ", as released"
 
@@ -96,57 +87,6 @@ def score_table(name: str, statistics: LayerStatistics) -> np.ndarray:
             f"proxy {name!r} gives every bit width the same score, so it cannot rank configurations."
         )
     return found
-
-
-def is_table(scores: np.ndarray, choices: tuple[int, ...]) -> bool:
-    """Return whether these are the scores of a separable proxy (S, B), and not a matrix of pairs (S B, S B)."""
-    return scores.shape[1] == len(choices)
-
-
-def _survival(parts: np.ndarray) -> np.ndarray:
-    """Add up, layer after layer, what is left of a signal that each layer damages by its share of the damage."""
-    return np.exp(np.cumsum(parts, axis=1).clip(max=50)).sum(axis=1)
-
-
-# How the parts (N, S) that the slots of N configurations contribute make a score. All but the sum and the sum weighted
-# by depth depend on which layers meet.
-AGGREGATIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
-    "sum": lambda parts: parts.sum(axis=1),
-    "depth": lambda parts: (parts * np.arange(1, parts.shape[1] + 1)).sum(axis=1),
-    "weakest": lambda parts: parts.min(axis=1),
-    "survival": _survival,
-}
-SEPARABLE = ("sum", "depth")
-
-
-def score(scores: np.ndarray, configs: np.ndarray, choices: tuple[int, ...], *, aggregation: str = "sum") -> np.ndarray:
-    """Return the score of each configuration.
-
-    Args:
-        scores: table (S, B) or matrix of pairs (S B, S B).
-        configs: bits, shape (N, S).
-        choices: the B allowed widths.
-        aggregation: how slots are combined: a key of :data:`AGGREGATIONS`. A slot contributes the entry that it
-            selects, or the sum of its pairs' entries; "survival" measures them by the mean size of an entry.
-
-    Returns:
-        float64 array of shape (N,).
-
-    >>> score(np.array([[1.0, 2.0, 4.0], [10.0, 20.0, 40.0]]), np.array([[2, 4]]), (2, 3, 4))
-    array([41.])
-    """
-    table = is_table(scores, choices)
-    slots = len(scores) // (1 if table else len(choices))
-    if table:
-        parts = selected(scores, configs, choices)
-    else:
-        chosen = choice_indices(configs, choices, slots) + len(choices) * np.arange(slots)
-        taken = np.zeros((len(chosen), len(scores)))
-        np.put_along_axis(taken, chosen, 1.0, axis=1)
-        parts = np.take_along_axis(taken @ scores.T, chosen, axis=1)  # of each row the entries in the chosen columns
-    if aggregation == "survival":
-        parts = parts / (np.abs(scores).mean() or 1.0) / (1 if table else slots)
-    return AGGREGATIONS[aggregation](parts)
 
 
 @proxy("bit sum", variant="trivial")
@@ -388,49 +328,3 @@ def _noise_to_signal(statistics: LayerStatistics) -> np.ndarray:
     """Return ||E_lb||^2 / ||W_l||^2, shape (L, B)."""
     signal = np.array([w.double().square().sum().item() for w in statistics.weights])
     return _squared_error(statistics) / signal[:, None]
-
-
-def build_proxies(profile: Profile) -> None:
-    """Score every configuration of the bench with every proxy; write ``proxies.parquet`` and ``proxies.json``.
-
-    The JSON file gives, per proxy: variant, seconds (its statistics and its table) and the score table or matrix.
-    Configurations with widths that the profile does not offer (the sample "one-bit") have no scores.
-    """
-    started = time.perf_counter()
-    statistics, folder = load_statistics(profile), study_folder(profile)
-    configs = scored_configs(profile)
-    columns, facts = {}, {}
-    for name, entry in PROXIES.items():
-        before = time.perf_counter()
-        found = score_table(name, statistics)
-        own = time.perf_counter() - before
-        columns[name] = score(found, np.stack(configs["bits"]), profile.choices)
-        seconds = sum(statistics.seconds[key] for key in entry.reads) + own
-        facts[name] = {"variant": entry.variant, "seconds": seconds, "table": found.tolist()}
-    scores = configs[["config_id"]].assign(**columns)
-    with atomic_path(folder / "proxies.parquet") as path:
-        scores.to_parquet(path, index=False)
-    with atomic_path(folder / "proxies.json") as path:
-        path.write_text(to_json(facts) + "\n")
-    command, seconds = f"emq_lib.proxies.build_proxies on {profile.name}", time.perf_counter() - started
-    record(profile, "proxies.parquet", command=command, seconds=seconds, rows=len(scores))
-    record(profile, "proxies.json", command=command, seconds=seconds, rows=len(facts))
-
-
-def scored_configs(profile: Profile) -> pd.DataFrame:
-    """Return config_id and bits of the bench's configurations, of all quantizers, with the widths on offer."""
-    table = pd.read_parquet(checked_path(profile, "bench.parquet"), columns=["config_id", "bits"])
-    offered = table["bits"].map(lambda bits: set(bits) <= set(profile.choices))
-    return table[offered].drop_duplicates("config_id", ignore_index=True)
-
-
-def load_proxies(profile: Profile) -> tuple[pd.DataFrame, dict[str, dict]]:
-    """Return a study's proxy scores, and what they come from.
-
-    Returns:
-        scores indexed by config_id, one column per proxy; and, per proxy, variant, seconds and "table", its score
-        table (S, B) or matrix of pairs (S B, S B).
-    """
-    scores = pd.read_parquet(checked_path(profile, "proxies.parquet")).set_index("config_id")
-    facts = json.loads(checked_path(profile, "proxies.json").read_text())
-    return scores, {name: fact | {"table": np.array(fact["table"])} for name, fact in facts.items()}

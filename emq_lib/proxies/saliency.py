@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from emq_lib.core.datasets import Split
 from emq_lib.core.errors import InvalidParameterError
-from emq_lib.curvature import cross_entropy_seed, layer_outputs, loss_gradients
+from emq_lib.proxies.curvature import cross_entropy_seed, layer_outputs, loss_gradients
 
 ZEN_NOISE = 1e-2
 

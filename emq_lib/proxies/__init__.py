@@ -1,0 +1,1 @@
+"""Proxies: statistics of layers, curvature, saliency, hand-made proxies, and ranking statistics."""
