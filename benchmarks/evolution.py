@@ -22,18 +22,21 @@ import time
 import numpy as np
 from engine import hardware
 
+from book.studies import evolution
 from book.studies.bench import has_study
 from book.studies.proxies import load_statistics
 from book.studies.study import checked_path
-from emq_lib import evolution, experiments
 from emq_lib.bench.table import Bench
 from emq_lib.core.datasets import load_dataset
 from emq_lib.core.graphs import fold_batchnorm, layer_table
 from emq_lib.core.models import load_checkpoint
 from emq_lib.core.profiles import EvolutionBudget, get_profile, profile_names
+from emq_lib.evolution import fitness, search
+from emq_lib.evolution.evaluator import Evaluator
+from emq_lib.evolution.genotypes import KNOWN
+from emq_lib.evolution.spaces import Space
 from emq_lib.proxies import curvature
 from emq_lib.proxies.layer_statistics import sampled
-from emq_lib.search_space import KNOWN, Evaluator, Space
 
 RESULTS = pathlib.Path(__file__).with_suffix(".json")
 CONFIGURATIONS, IMAGES, REPEATS, CANDIDATES, POPULATION = 425, 128, 5, 400, 50
@@ -81,15 +84,15 @@ def against_released_way(name: str) -> dict:
 
 def thousand_iterations(name: str) -> dict:
     """Run the paper's search three times and return the median time."""
-    profile, method = get_profile(name), experiments.METHODS[experiments.EVOLUTION]
-    space, times, judged = experiments.make_space(method, "branched"), [], []
+    profile, method = get_profile(name), evolution.METHODS[evolution.EVOLUTION]
+    space, times, judged = evolution.make_space(method, "branched"), [], []
     for seed in range(3):
         problems = [
             dataclasses.replace(problem, evaluator=Evaluator(load_statistics(profile)))
-            for problem in experiments.load_problems(profile)
+            for problem in evolution.load_problems(profile)
         ]
-        judge = experiments.make_judge(problems, method)
-        run = evolution.evolve(judge, space, budget=EvolutionBudget(POPULATION, 1_000), rng=np.random.default_rng(seed))
+        judge = evolution.make_judge(problems, method)
+        run = search.evolve(judge, space, budget=EvolutionBudget(POPULATION, 1_000), rng=np.random.default_rng(seed))
         times.append(_timed(lambda run=run: list(run)))
         judged.append(judge.evaluations + judge.rejected + judge.duplicates)
     return {"population": POPULATION, "iterations": 1_000, "seconds": statistics.median(times), "candidates": judged}
@@ -99,8 +102,8 @@ def candidates_per_second(name: str, device: str) -> dict:
     """Judge random branched formulas, a population at a time, nothing remembered from before."""
     profile = get_profile(name)
     measured = load_statistics(profile)
-    problem = dataclasses.replace(experiments.load_problems(profile)[0], evaluator=Evaluator(measured, device=device))
-    space, rng, judge = Space("branched"), np.random.default_rng(0), evolution.Judge([problem])
+    problem = dataclasses.replace(evolution.load_problems(profile)[0], evaluator=Evaluator(measured, device=device))
+    space, rng, judge = Space("branched"), np.random.default_rng(0), fitness.Judge([problem])
     populations = [[space.random(rng) for _ in range(POPULATION)] for _ in range(CANDIDATES // POPULATION)]
     judge.judge_many(populations[0][:1])
     seconds = _timed(lambda: list(map(judge.judge_many, populations)))

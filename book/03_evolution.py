@@ -43,9 +43,11 @@ import time
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from emq_lib import evolution, experiments, search_space
 from emq_lib.bench.table import Bench
 from emq_lib.core.profiles import profile_names
+from emq_lib.evolution import fitness, genotypes, kernels, search, spaces
+from emq_lib.evolution.evaluator import Evaluator, element_programs
+from emq_lib.evolution.primitives import BINARIES, INPUTS, STRUCTURES, UNARIES
 from emq_lib.palette import COLOURS
 from emq_lib.proxies import intervals, oracles, ranking
 from emq_lib.proxies.handmade import score_table
@@ -66,6 +68,7 @@ from IPython.display import Math, display
 from scipy import stats
 
 from book.places import REPOSITORY
+from book.studies import evolution
 from book.studies.bench import has_study
 from book.studies.heldout import build_heldout, load_heldout, load_tables
 from book.studies.proxies import load_statistics
@@ -78,8 +81,8 @@ PAPER = {
 
 # %%
 if chapter.rebuild:
-    experiments.build_evolution(chapter.profile)
-    experiments.build_enumeration(chapter.profile)
+    evolution.build_evolution(chapter.profile)
+    evolution.build_enumeration(chapter.profile)
     others = [
         chapter.study(name)
         for name in profile_names()
@@ -91,7 +94,7 @@ if chapter.rebuild:
         if has_study(other, "bench.parquet", "statistics.safetensors")
     ]
     if others:
-        experiments.build_transfer(chapter.profile, others)
+        evolution.build_transfer(chapter.profile, others)
     build_heldout(chapter.profile)
 
 # %% [markdown] slideshow={"slide_type": "slide"}
@@ -114,19 +117,19 @@ by_hand
 # parsed back. This one is *sequential*: a chain of functions on one input.
 
 # %% slideshow={"slide_type": "-"} tags=["slide-code"]
-genotype = search_space.parse("sequential(E: pow2, mean, negate, no_op)")
-evaluator = search_space.Evaluator(statistics)
+genotype = genotypes.parse("sequential(E: pow2, mean, negate, no_op)")
+evaluator = Evaluator(statistics)
 assert np.allclose(evaluator.scores(genotype)[0], by_hand)
-Math(search_space.to_latex(genotype))
+Math(genotypes.to_latex(genotype))
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # A *branched* genotype has such a chain on each of two inputs, joins them element by element by a binary function, and may go on from
 # there. HAWQ-V2 has this form, the Hessian's mean diagonal times the squared error:
 
 # %%
-hawq = search_space.KNOWN["HAWQ-V2"]
+hawq = genotypes.KNOWN["HAWQ-V2"]
 print(hawq)
-Math(search_space.to_latex(hawq))
+Math(genotypes.to_latex(hawq))
 
 # %% tags=["hide-input"] slideshow={"slide_type": "-"} mystnb={"figure": {"caption": "HAWQ-V2 as a genotype: two inputs, a chain on each, a binary, and what follows it.", "name": "fig-03-genotype"}, "image": {"alt": "Boxes from left to right: inputs T and E, the functions of their chains, product, negate, sum over layers."}}
 figure, ax = plt.subplots(figsize=(6.5, 1.8))
@@ -147,14 +150,14 @@ show_table(
     pd.DataFrame(
         [
             {"input": name, "family": entry.family, "meaning": entry.meaning}
-            for name, entry in search_space.INPUTS.items()
+            for name, entry in INPUTS.items()
             if entry.family != "factor"
         ]
     )
 )
 
 # %% slideshow={"slide_type": "slide"}
-primitives = len(search_space.UNARIES) + len(search_space.BINARIES)
+primitives = len(UNARIES) + len(BINARIES)
 chapter.claim(
     "primitives",
     "There are {:.0f} primitives.",
@@ -170,9 +173,9 @@ show_table(
         [
             {
                 "structure": name,
-                "genotypes": f"{search_space.Space(name).size:.1e}",
+                "genotypes": f"{spaces.Space(name).size:.1e}",
             }
-            for name in search_space.STRUCTURES
+            for name in STRUCTURES
         ]
     )
 )
@@ -187,14 +190,14 @@ same = {
         evaluator.scores(point).ravel(),
         score_table(name, statistics).ravel(),
     )[0, 1]
-    for name, point in search_space.KNOWN.items()
+    for name, point in genotypes.KNOWN.items()
 }
 show_table(
     pd.DataFrame(
         [
             {
                 "proxy": name,
-                "genotype": str(search_space.KNOWN[name]),
+                "genotype": str(genotypes.KNOWN[name]),
                 "correlation of the tables": value,
             }
             for name, value in same.items()
@@ -209,7 +212,7 @@ show_table(
 # and width, so the proxy stays a sum over layers.
 
 # %%
-expected = search_space.parse("sequential(P: sum, negate)")
+expected = genotypes.parse("sequential(P: sum, negate)")
 evaluator.scores(expected).round(3)
 
 # %% [markdown] slideshow={"slide_type": "slide"}
@@ -219,17 +222,17 @@ evaluator.scores(expected).round(3)
 # logarithms of negative numbers, which the mended ones do not have. Prioritized sampling draws robust functions more often.
 
 # %% slideshow={"slide_type": "-"}
-(problem,) = experiments.load_problems(digits)
-released = search_space.Evaluator(statistics, mode="released")
-factor = experiments.METHODS["bits as a factor"]
+(problem,) = evolution.load_problems(digits)
+released = Evaluator(statistics, mode="released")
+factor = evolution.METHODS["bits as a factor"]
 rows = []
-for structure in search_space.STRUCTURES:
+for structure in STRUCTURES:
     for prioritized in (False, True):
         space = dataclasses.replace(
-            experiments.make_space(factor, structure), prioritized=prioritized
+            evolution.make_space(factor, structure), prioritized=prioritized
         )
         for mode, which in (("released", released), ("mended", evaluator)):
-            judge = evolution.Judge(
+            judge = fitness.Judge(
                 [dataclasses.replace(problem, evaluator=which)]
             )
             rng = digits.rng(f"validity {structure}")
@@ -279,8 +282,8 @@ chapter.claim(
 
 # %%
 rng = digits.rng("chapter 03")
-space = search_space.Space("branched")
-judge = evolution.Judge([problem], separable=True)
+space = spaces.Space("branched")
+judge = fitness.Judge([problem], separable=True)
 draws = [judge.judge(space.random(rng)) for _ in range(60)]
 valid = sorted(filter(None, draws), key=lambda one: -one.fitness)
 show_table(
@@ -298,7 +301,7 @@ show_table(
 # population from collapsing onto one formula.
 
 # %% slideshow={"slide_type": "-"}
-child = search_space.cross(valid[0].genotype, valid[1].genotype, rng=rng)
+child = spaces.cross(valid[0].genotype, valid[1].genotype, rng=rng)
 mutant = space.mutate(child, rng=rng)
 for name, one in (
     ("parent", valid[0].genotype),
@@ -314,19 +317,19 @@ for name, one in (
 
 # %% slideshow={"slide_type": "-"} tags=["slide-code"]
 twice = "branched(sum; W: no_op, abs; E: abs, abs; mean)"
-print(search_space.canonical(search_space.parse(twice)))
+print(genotypes.canonical(genotypes.parse(twice)))
 
 # %%
-show_source(evolution.evolve)
+show_source(search.evolve)
 
 # %% [markdown]
 # ## Evolution on the digits, live
 
 # %%
-judge = evolution.Judge([problem], separable=True)
+judge = fitness.Judge([problem], separable=True)
 started = time.perf_counter()
 generations = list(
-    evolution.evolve(judge, space, budget=digits.evolution, rng=rng)
+    search.evolve(judge, space, budget=digits.evolution, rng=rng)
 )
 print(
     f"{len(generations) - 1} iterations, {judge.evaluations} evaluations, {time.perf_counter() - started:.1f} s"
@@ -374,8 +377,8 @@ show_table(
 # a program in postfix order, and each instance of the kernel runs one program over one layer at one bit width, with its intermediate values in registers.
 
 # %%
-snip = search_space.KNOWN["bit-SNIP"]
-((program, reduction),) = search_space.element_programs(snip).values()
+snip = genotypes.KNOWN["bit-SNIP"]
+((program, reduction),) = element_programs(snip).values()
 program, reduction
 
 # %% [markdown]
@@ -383,10 +386,8 @@ program, reduction
 
 # %%
 if importlib.util.find_spec("triton"):
-    from emq_lib import kernels
-
-    population = [snip, search_space.KNOWN["Fisher error"], genotype]
-    batched = search_space.Evaluator(statistics, batched=True)
+    population = [snip, genotypes.KNOWN["Fisher error"], genotype]
+    batched = Evaluator(statistics, batched=True)
     batched.prepare(population)
     for one in population:
         alone = evaluator.scores(one)
@@ -400,10 +401,10 @@ if importlib.util.find_spec("triton"):
 # evaluations.
 
 # %% tags=["hide-input"] slideshow={"slide_type": "slide"} mystnb={"figure": {"caption": "Best fitness against evaluations, one curve per seed. Where the curves of evolution lie above those of random search at the same number of evaluations, selection earns its keep.", "name": "fig-03-1"}, "image": {"alt": "Three panels, sequential, branched and DAG, of best fitness against evaluations; step curves of evolution and of random search, one per seed."}}
-log = pd.DataFrame(experiments.load_evolution(chapter.profile))
-shown = log[log["method"].isin([experiments.EVOLUTION, experiments.CONTROL])]
+log = pd.DataFrame(evolution.load_evolution(chapter.profile))
+shown = log[log["method"].isin([evolution.EVOLUTION, evolution.CONTROL])]
 figure, axes = plt.subplots(1, 3, figsize=(6.5, 3.2), sharey=True)
-for ax, structure in zip(axes, search_space.STRUCTURES, strict=True):
+for ax, structure in zip(axes, STRUCTURES, strict=True):
     curves = {
         method: [
             (run["evaluations"].to_numpy(), run["fitness"].to_numpy())
@@ -425,14 +426,14 @@ axes[0].set_ylabel("best fitness (search half)")
 plt.show()
 
 # %%
-searches = experiments.load_searches(chapter.profile)
+searches = evolution.load_searches(chapter.profile)
 final = searches[
-    searches["method"].isin([experiments.EVOLUTION, experiments.CONTROL])
+    searches["method"].isin([evolution.EVOLUTION, evolution.CONTROL])
 ]
 paired = final.pivot(
     index=["structure", "seed"], columns="method", values="search_fitness"
 )
-gains = paired[experiments.EVOLUTION] - paired[experiments.CONTROL]
+gains = paired[evolution.EVOLUTION] - paired[evolution.CONTROL]
 show_table(
     gains.groupby("structure")
     .agg(["mean", "std", "min", "max"])
@@ -460,13 +461,13 @@ chapter.claim(
 
 # %% slideshow={"slide_type": "-"}
 tried = pd.DataFrame(
-    experiments.load_evolution(chapter.profile, "enumeration.jsonl")
+    evolution.load_evolution(chapter.profile, "enumeration.jsonl")
 )
-whole = tried[tried["method"] == experiments.ALL].iloc[0]
+whole = tried[tried["method"] == evolution.ALL].iloc[0]
 print(
     f"{whole.genotypes:,} genotypes, {whole.evaluations:,} that are valid and differ; the best: {whole.best}"
 )
-ends = tried[tried["method"] != experiments.ALL].assign(
+ends = tried[tried["method"] != evolution.ALL].assign(
     found=lambda table: table["fitness"] >= whole.fitness - 1e-12
 )
 show_table(
@@ -482,7 +483,7 @@ show_table(
 )
 
 # %% slideshow={"slide_type": "-"}
-evolved_ends = ends[ends["method"] == experiments.EVOLUTION]
+evolved_ends = ends[ends["method"] == evolution.EVOLUTION]
 chapter.claim(
     "optimum_found",
     "Evolution found the best formula of the small space in {:.0f} % of its runs.",
@@ -536,7 +537,7 @@ ablation = pd.DataFrame(
     },
     index=averaged("search_fitness", "").index,
 )
-order = [experiments.CONTROL, *experiments.METHODS]
+order = [evolution.CONTROL, *evolution.METHODS]
 show_table(ablation.loc[order].rename_axis("method").reset_index())
 
 # %% [markdown]
@@ -578,7 +579,7 @@ chapter.claim(
 )
 
 # %% slideshow={"slide_type": "-"}
-gap, interval, n = difference(experiments.EVOLUTION, "bits as a factor")
+gap, interval, n = difference(evolution.EVOLUTION, "bits as a factor")
 chapter.claim(
     "inputs_gain",
     "Letting formulas read errors and passes adds {:.3f} of held-out fitness.",
@@ -589,7 +590,7 @@ chapter.claim(
 )
 
 # %% slideshow={"slide_type": "-"}
-gap, interval, n = difference(experiments.EVOLUTION, "without diversity")
+gap, interval, n = difference(evolution.EVOLUTION, "without diversity")
 chapter.claim(
     "diversity_gain",
     "Diversity-prompting selection adds {:.3f}.",
@@ -600,7 +601,7 @@ chapter.claim(
 )
 
 # %% slideshow={"slide_type": "-"}
-gap, interval, n = difference(experiments.EVOLUTION, "50 configurations")
+gap, interval, n = difference(evolution.EVOLUTION, "50 configurations")
 chapter.claim(
     "configurations_gain",
     "Fitness on all search configurations instead of the paper's 50 adds {:.3f}.",
@@ -611,7 +612,7 @@ chapter.claim(
 )
 
 # %% slideshow={"slide_type": "-"}
-gap, interval, n = difference(experiments.REFINED, experiments.EVOLUTION)
+gap, interval, n = difference(evolution.REFINED, evolution.EVOLUTION)
 chapter.claim(
     "refined_gain",
     "Fewer genes per mutation, a start from known proxies and three times the iterations add {:.3f}.",
@@ -623,7 +624,7 @@ chapter.claim(
 
 # %% slideshow={"slide_type": "-"}
 gap, interval, n = difference(
-    experiments.FOR_RHO, experiments.RISING, "heldout_rho100"
+    evolution.FOR_RHO, evolution.RISING, "heldout_rho100"
 )
 chapter.claim(
     "rising_cost",
@@ -643,26 +644,26 @@ chapter.claim(
 
 # %%
 winners = {
-    name: experiments.load_winner(chapter.profile, method)
-    for name, method in experiments.EVOLVED.items()
+    name: evolution.load_winner(chapter.profile, method)
+    for name, method in evolution.EVOLVED.items()
 }
 formulas = {
-    name: search_space.parse(line["best"]) for name, line in winners.items()
+    name: genotypes.parse(line["best"]) for name, line in winners.items()
 }
 for name, formula in formulas.items():
     print(f"{name:18}", formula)
 
 # %%
-Math(search_space.to_latex(formulas["evolved"]))
+Math(genotypes.to_latex(formulas["evolved"]))
 
 # %%
-Math(search_space.to_latex(formulas["evolved for rho"]))
+Math(genotypes.to_latex(formulas["evolved for rho"]))
 
 # %%
-Math(search_space.to_latex(formulas["evolved for allocation"]))
+Math(genotypes.to_latex(formulas["evolved for allocation"]))
 
 # %%
-Math(search_space.to_latex(formulas["evolved with pairs"]))
+Math(genotypes.to_latex(formulas["evolved with pairs"]))
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "The fittest sum over layers for the correlation of all configurations.", "name": "fig-03-winner"}, "image": {"alt": "Boxes from left to right: two inputs, the functions of their chains, a binary, what follows, and the sum over layers."}}
 figure, ax = plt.subplots(figsize=(6.5, 1.8))
@@ -673,7 +674,7 @@ plt.show()
 # A bar is the mean over a layer, $(x)_+$ the positive part. Which terms matter? Take away one at a time, a function or a branch:
 
 # %%
-(own,) = experiments.load_problems(chapter.profile)
+(own,) = evolution.load_problems(chapter.profile)
 _, heldout = Bench.load(chapter.profile).split()
 
 
@@ -696,7 +697,7 @@ def worth(formula):
 
 
 for name, formula in formulas.items():
-    terms = {"nothing": formula} | search_space.without_each_term(formula)
+    terms = {"nothing": formula} | genotypes.without_each_term(formula)
     table = pd.DataFrame([worth(one) for one in terms.values()])
     show_table(
         pd.DataFrame(
@@ -1101,7 +1102,7 @@ show_table(pd.DataFrame(rows), decimals=3)
 
 # %%
 judges = {
-    name: experiments.load_problems(profile)[0].evaluator
+    name: evolution.load_problems(profile)[0].evaluator
     for name, profile in studies.items()
 }
 halves = {
@@ -1109,12 +1110,10 @@ halves = {
 }
 rows = []
 for source, profile in studies.items():
-    line = experiments.load_winner(profile, experiments.FOR_RHO)
+    line = evolution.load_winner(profile, evolution.FOR_RHO)
     row = {"evolved on": source}
     for target, half in halves.items():
-        seen = judges[target].score(
-            search_space.parse(line["best"]), half.configs
-        )
+        seen = judges[target].score(genotypes.parse(line["best"]), half.configs)
         one = intervals.bootstrap_rho(seen, half.top1, rng=profile.rng(target))
         row[target] = f"{one.value:.2f} [{one.lo:.2f}, {one.hi:.2f}]"
     rows.append(row)
@@ -1134,8 +1133,8 @@ left_out = {
     if has_study(profile, "transfer.jsonl")
 }
 for name, profile in left_out.items():
-    for proxy in experiments.TRANSFERRED:
-        line = experiments.load_winner(profile, proxy, "transfer.jsonl")
+    for proxy in evolution.TRANSFERRED:
+        line = evolution.load_winner(profile, proxy, "transfer.jsonl")
         print(f"{name:20} {proxy:22} {line['best']}")
 
 # %%
@@ -1315,8 +1314,8 @@ if len(transfer):
 # :::
 
 # %% tags=["hide-cell", "solution"]
-constant = search_space.parse("sequential(W: abs, mean, no_op, no_op)")
-assert evolution.Judge([problem]).judge(constant) is None
+constant = genotypes.parse("sequential(W: abs, mean, no_op, no_op)")
+assert fitness.Judge([problem]).judge(constant) is None
 
 # %% tags=["hide-cell", "solution"]
 E, W = np.array([[1, -1], [2, 0]]), np.array([[2, 2], [2, 2]])
@@ -1329,7 +1328,7 @@ for _ in range(3):
 
 # %% tags=["hide-cell", "solution"]
 one, two, three = (
-    search_space.parse(f"sequential(E: {chain})")
+    genotypes.parse(f"sequential(E: {chain})")
     for chain in (
         "negate, negate, pow2, no_op",
         "pow2, abs, mean, no_op",
@@ -1338,13 +1337,13 @@ one, two, three = (
 )
 assert np.allclose(evaluator.scores(one), evaluator.scores(two))
 assert np.allclose(evaluator.scores(one), evaluator.scores(three))
-short = [search_space.canonical(formula) for formula in (one, two, three)]
+short = [genotypes.canonical(formula) for formula in (one, two, three)]
 assert short[0] == short[1] != short[2]
 
 # %% tags=["hide-cell", "solution"]
-winner = search_space.parse(experiments.load_winner(digits)["best"])
+winner = genotypes.parse(evolution.load_winner(digits)["best"])
 _, kept = Bench.load(digits).split()
-changed = {"nothing": winner} | search_space.without_each_term(winner)
+changed = {"nothing": winner} | genotypes.without_each_term(winner)
 without = {}
 for what, formula in changed.items():
     found = evaluator.score(formula, kept.configs)
@@ -1357,7 +1356,7 @@ pd.Series(without).round(3)
 # %% tags=["hide-cell", "solution"]
 rng = np.random.default_rng(0)
 shuffled = rng.permutation(problem.accuracy)
-judge = evolution.Judge(
+judge = fitness.Judge(
     [dataclasses.replace(problem, accuracy=shuffled)], separable=True
 )
 drawn = [judge.judge(space.random(rng)) for _ in range(300)]
@@ -1369,8 +1368,8 @@ luck
 ends = {}
 for diversity in (True, False):
     for seed in range(3):
-        *_, last = evolution.evolve(
-            evolution.Judge([problem], separable=True),
+        *_, last = search.evolve(
+            fitness.Judge([problem], separable=True),
             space,
             budget=digits.evolution,
             rng=np.random.default_rng(seed),

@@ -41,7 +41,7 @@ import time
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from emq_lib import allocation, approximate, experiments, quantization
+from emq_lib import allocation, approximate, quantization
 from emq_lib.bench.table import Bench
 from emq_lib.core.configs import slot_names
 from emq_lib.core.costs import CostTable, average_bits_cost, gather
@@ -64,7 +64,7 @@ from emq_lib.report import (
 )
 from IPython.display import display
 
-from book.studies import bench
+from book.studies import bench, evolution
 from book.studies.bench import has_study
 from book.studies.heldout import load_heldout, load_searched, load_tables
 from book.studies.proxies import load_proxies
@@ -468,11 +468,11 @@ chapter.claim(
 
 # %%
 FITNESS = {
-    experiments.REFINED: "the paper's",
-    experiments.FOR_RHO: "rho",
-    experiments.INSIDE: "rho inside sizes",
-    experiments.RISING: "rho, rising",
-    experiments.RISING_INSIDE: "rho inside sizes, rising",
+    evolution.REFINED: "the paper's",
+    evolution.FOR_RHO: "rho",
+    evolution.INSIDE: "rho inside sizes",
+    evolution.RISING: "rho, rising",
+    evolution.RISING_INSIDE: "rho inside sizes, rising",
 }
 
 
@@ -641,7 +641,7 @@ IN_TABLE = ["rho20", "rho50", "rho100", "binned_rho"]
 def measured_and_bought(profile):
     """Return correlations and accuracies, one row per formula or hand-made proxy."""
     by_seed, by_proxy = bought(profile)
-    searches = experiments.load_searches(profile)
+    searches = evolution.load_searches(profile)
     searches["fitness"] = searches["method"].map(FITNESS)
     searches = searches.dropna(subset="fitness").set_index(["fitness", "seed"])
     table = load_heldout(profile).set_index("proxy")

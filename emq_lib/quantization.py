@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from book.studies.evolution import SEARCHED
 from book.studies.rows import PARTIAL, load_network, measure_resumably
 from book.studies.study import checked_path, record, sole_writer, study_folder
 from emq_lib.allocation import Allocation, allocate, budget_for_average_bits
@@ -32,7 +33,6 @@ from emq_lib.core.graphs import fold_batchnorm
 from emq_lib.core.networks import QuantizedNetwork
 from emq_lib.core.profiles import Profile
 from emq_lib.core.quantizers import choose_activation_ranges, quantize
-from emq_lib.experiments import SEARCHED
 from emq_lib.planning import plan_bits
 from emq_lib.proxies.passes import divergences, one_slot_logits
 from emq_lib.proxies.scores import score

@@ -28,8 +28,8 @@ from book.places import REPOSITORY
 from book.studies.study import read_manifest
 from emq_lib.core.errors import ClaimError, InvalidParameterError
 from emq_lib.core.profiles import PRINTED, Profile, get_profile
+from emq_lib.evolution.genotypes import Genotype, canonical
 from emq_lib.palette import COLOURS, PLAIN, SAMPLE_COLOURS, shades
-from emq_lib.search_space import Genotype, canonical
 
 
 @dataclasses.dataclass(frozen=True)

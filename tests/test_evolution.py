@@ -8,30 +8,32 @@ import numpy as np
 import pytest
 from test_search_space import CHOICES, make_statistics
 
-from emq_lib import evolution, search_space
 from emq_lib.core.errors import CorruptArtefactError, InvalidParameterError
 from emq_lib.core.profiles import EvolutionBudget
+from emq_lib.evolution import genotypes, primitives, search, spaces
+from emq_lib.evolution.evaluator import Evaluator
+from emq_lib.evolution.fitness import Journal, Judge, Problem
 from emq_lib.proxies import ranking
 
 BUDGET = EvolutionBudget(population=12, iterations=40)
 SHAPES = tuple((3 + i % 3, 6) for i in range(6))
-PLANTED = search_space.KNOWN["HAWQ-V2"]
+PLANTED = genotypes.KNOWN["HAWQ-V2"]
 
 
 @pytest.fixture(scope="module")
 def problem():
     """A problem whose accuracies are exactly the scores of a known genotype."""
-    evaluator = search_space.Evaluator(make_statistics(3, SHAPES))
+    evaluator = Evaluator(make_statistics(3, SHAPES))
     configs = np.random.default_rng(0).choice(CHOICES, size=(80, 6)).astype(np.int8)
-    return evolution.Problem(evaluator, configs, evaluator.score(PLANTED, configs))
+    return Problem(evaluator, configs, evaluator.score(PLANTED, configs))
 
 
 def _run(problem, seed, *, structure="branched", budget=BUDGET, judge=None, **options):
-    judge, space = judge or evolution.Judge([problem]), search_space.Space(structure)
-    return list(evolution.evolve(judge, space, budget=budget, rng=np.random.default_rng(seed), **options))
+    judge, space = judge or Judge([problem]), spaces.Space(structure)
+    return list(search.evolve(judge, space, budget=budget, rng=np.random.default_rng(seed), **options))
 
 
-@pytest.mark.parametrize("structure", search_space.STRUCTURES)
+@pytest.mark.parametrize("structure", primitives.STRUCTURES)
 def test_same_seed_same_generations(problem, structure):
     first, again, other = (_run(problem, seed, structure=structure) for seed in (1, 1, 2))
     assert first == again
@@ -40,7 +42,7 @@ def test_same_seed_same_generations(problem, structure):
 
 
 def test_the_best_never_gets_worse_and_counts_add_up(problem):
-    judge = evolution.Judge([problem])
+    judge = Judge([problem])
     generations = _run(problem, 4, judge=judge)
     fitness = [g.fitness for g in generations]
     assert fitness == sorted(fitness)
@@ -54,29 +56,29 @@ def test_the_best_never_gets_worse_and_counts_add_up(problem):
 
 def test_the_reported_fitness_is_that_of_the_reported_genotype(problem):
     last = _run(problem, 5)[-1]
-    genotype = search_space.parse(last.best)
-    assert evolution.Judge([problem]).judge(genotype).fitness == last.fitness
+    genotype = genotypes.parse(last.best)
+    assert Judge([problem]).judge(genotype).fitness == last.fitness
     scores = problem.evaluator.score(genotype, problem.configs)
     assert last.fitness == pytest.approx(ranking.fitness(scores, problem.accuracy))
 
 
 def _search_for(planted, problem, space, *, seed):
     """Search for a planted genotype with few configurations to learn from; return the fitness of what is found."""
-    accuracy = problem.evaluator.score(search_space.parse(planted), problem.configs)
-    judge = evolution.Judge([dataclasses.replace(problem, accuracy=accuracy)])
+    accuracy = problem.evaluator.score(genotypes.parse(planted), problem.configs)
+    judge = Judge([dataclasses.replace(problem, accuracy=accuracy)])
     budget = EvolutionBudget(population=30, iterations=1_000)
-    *_, last = evolution.evolve(judge, space, budget=budget, rng=np.random.default_rng(seed), genes=0.2)
+    *_, last = search.evolve(judge, space, budget=budget, rng=np.random.default_rng(seed), genes=0.2)
     return last.fitness
 
 
 def test_a_planted_optimum_is_found(problem):
-    space = search_space.Space("sequential", ("W", "E", "O", "K"))
+    space = spaces.Space("sequential", ("W", "E", "O", "K"))
     found = [_search_for("sequential(E: frobenius, negate)", problem, space, seed=seed) for seed in range(3)]
     assert max(found) == pytest.approx(1)
 
 
 def test_a_planted_optimum_of_two_branches_is_nearly_found(problem):
-    space = search_space.Space("branched", ("K", "O", "T"))
+    space = spaces.Space("branched", ("K", "O", "T"))
     planted = "branched(product; O: sqrt; K: no_op; negate)"
     assert max(_search_for(planted, problem, space, seed=seed) for seed in range(2)) > 0.96
 
@@ -88,95 +90,95 @@ def test_a_planted_optimum_is_never_lost_by_a_population_that_starts_from_it(pro
 
 
 def test_constants_and_infinities_are_rejected_before_fitness(problem):
-    judge = evolution.Judge([problem])
-    assert judge.judge(search_space.parse("sequential(W: abs, mean)")) is None  # no bits in it
-    assert judge.judge(search_space.parse("sequential(bW: exp, exp, pow2, pow2)")) is None  # overflows
+    judge = Judge([problem])
+    assert judge.judge(genotypes.parse("sequential(W: abs, mean)")) is None  # no bits in it
+    assert judge.judge(genotypes.parse("sequential(bW: exp, exp, pow2, pow2)")) is None  # overflows
     assert (judge.rejected, judge.evaluations) == (2, 0)
 
 
 def test_equivalent_genotypes_are_evaluated_once(problem):
-    judge = evolution.Judge([problem])
+    judge = Judge([problem])
     texts = ("branched(sum; E: pow2, no_op; bW: abs, abs; no_op)", "branched(sum; bW: no_op, abs; E: pow2; mean)")
-    one, two = (judge.judge(search_space.parse(text)) for text in texts)
+    one, two = (judge.judge(genotypes.parse(text)) for text in texts)
     assert (one.fitness, one.fingerprint) == (two.fitness, two.fingerprint)
     assert [str(one.genotype), str(two.genotype)] == list(texts)  # each keeps its genes
     assert (judge.evaluations, judge.duplicates) == (1, 1)
-    unscreened = evolution.Judge([problem], screening=False)
+    unscreened = Judge([problem], screening=False)
     for text in ("sequential(E: abs)", "sequential(E: abs, abs)"):
-        unscreened.judge(search_space.parse(text))
+        unscreened.judge(genotypes.parse(text))
     assert unscreened.evaluations == 2
 
 
 def test_candidates_that_rank_alike_share_a_fingerprint(problem):
-    judge = evolution.Judge([problem])
+    judge = Judge([problem])
     texts = ("sequential(E: pow2, mean)", "sequential(E: var)", "branched(sum; E: pow2; E: pow2; no_op)")
-    one, two, same = (judge.judge(search_space.parse(text)) for text in texts)
+    one, two, same = (judge.judge(genotypes.parse(text)) for text in texts)
     assert one.fingerprint == same.fingerprint != two.fingerprint
 
 
 def test_formulas_that_are_no_sum_over_layers_may_be_refused(problem):
-    judge = evolution.Judge([problem], separable=True)
+    judge = Judge([problem], separable=True)
     texts = ("sequential(P: negate)", "weakest sequential(K: negate)", "sequential(P: sum, negate)")
-    assert [judge.judge(search_space.parse(text)) is None for text in texts] == [True, True, False]
-    assert evolution.Judge([problem]).judge(search_space.parse(texts[0])) is not None
+    assert [judge.judge(genotypes.parse(text)) is None for text in texts] == [True, True, False]
+    assert Judge([problem]).judge(genotypes.parse(texts[0])) is not None
 
 
 def test_formulas_that_fall_with_more_bits_may_be_refused(problem):
     texts = ("sequential(b: no_op)", "sequential(b: negate)", "branched(product; b: no_op; G: mean; no_op)")
-    rising, falling, mixed = map(search_space.parse, texts)  # the last by the sign of a layer's mean gradient
+    rising, falling, mixed = map(genotypes.parse, texts)  # the last by the sign of a layer's mean gradient
     steps = np.diff(problem.evaluator.scores(mixed), axis=1)
     assert (steps > 0).any()
     assert (steps < 0).any()
-    judge = evolution.Judge([problem], separable=True, rising=True)
+    judge = Judge([problem], separable=True, rising=True)
     assert judge.judge(rising) is not None
     assert judge.judge(falling) is None
     assert judge.judge(mixed) is None
     assert judge.rejected == 2
-    assert evolution.Judge([problem], separable=True).judge(mixed) is not None
+    assert Judge([problem], separable=True).judge(mixed) is not None
 
 
 def test_no_member_of_a_population_ranks_like_another(problem):
-    population = [evolution.Judge([problem]).judge(PLANTED)]
-    twin = dataclasses.replace(population[0], genotype=search_space.KNOWN["EMQ"])
-    other = evolution.Judge([problem]).judge(search_space.KNOWN["bit sum"])
+    population = [Judge([problem]).judge(PLANTED)]
+    twin = dataclasses.replace(population[0], genotype=genotypes.KNOWN["EMQ"])
+    other = Judge([problem]).judge(genotypes.KNOWN["bit sum"])
     population.append(other)
-    evolution._enter(population, [twin, None])
+    search._enter(population, [twin, None])
     assert population[0].genotype == PLANTED
     assert population[1] == other
 
 
 def test_the_control_spends_the_same_evaluations(problem):
-    judge = evolution.Judge([problem])
-    space = search_space.Space("branched")
-    control = list(evolution.random_search(judge, space, evaluations=50, rng=np.random.default_rng(0)))
+    judge = Judge([problem])
+    space = spaces.Space("branched")
+    control = list(search.random_search(judge, space, evaluations=50, rng=np.random.default_rng(0)))
     assert control[-1].evaluations == judge.evaluations == 50
     fitness = [g.fitness for g in control]
     assert fitness == sorted(fitness)
 
 
 def test_fitness_over_several_problems_and_with_a_price_for_operations(problem):
-    other = dataclasses.replace(problem, accuracy=problem.evaluator.score(search_space.KNOWN["SQNR"], problem.configs))
-    genotype = search_space.parse("sequential(E: pow2, negate)")
-    alone = [evolution.Judge([one]).judge(genotype).fitness for one in (problem, other)]
+    other = dataclasses.replace(problem, accuracy=problem.evaluator.score(genotypes.KNOWN["SQNR"], problem.configs))
+    genotype = genotypes.parse("sequential(E: pow2, negate)")
+    alone = [Judge([one]).judge(genotype).fitness for one in (problem, other)]
     for across, expected in (
         ("mean", np.mean(alone)),
         ("worst", min(alone)),
         ("stable", np.mean(alone) - np.std(alone)),
     ):
-        judge = evolution.Judge([problem, other], across)
+        judge = Judge([problem, other], across)
         assert judge.judge(genotype).fitness == pytest.approx(expected)
-    charged = evolution.Judge([problem], penalty=0.01).judge(genotype).fitness
+    charged = Judge([problem], penalty=0.01).judge(genotype).fitness
     assert charged == pytest.approx(alone[0] - 0.01 * 3)  # an input and two unaries
 
 
 def test_fitness_inside_bins_of_size(problem):
     sizes = problem.configs.sum(axis=1)
-    genotype = search_space.KNOWN["SQNR"]
+    genotype = genotypes.KNOWN["SQNR"]
     scores = problem.evaluator.score(genotype, problem.configs)
     binned = problem.inside_sizes(sizes, 4)
     groups = np.array_split(np.argsort(sizes, kind="stable"), 4)
     expected = np.mean([ranking.spearman(scores[group], problem.accuracy[group]) for group in groups])
-    assert evolution.Judge([binned]).judge(genotype).fitness == pytest.approx(expected)
+    assert Judge([binned]).judge(genotype).fitness == pytest.approx(expected)
 
 
 def test_resampled_problems_hold_half_the_configurations(problem):
@@ -190,9 +192,9 @@ def test_resampled_problems_hold_half_the_configurations(problem):
 
 def test_fronts_and_crowding_by_hand():
     values = np.array([[1, 5], [2, 2], [5, 1], [3, 3], [6, 6]])
-    fronts = evolution.non_dominated_fronts(values)
+    fronts = search.non_dominated_fronts(values)
     assert [front.tolist() for front in fronts] == [[0, 1, 2], [3], [4]]
-    np.testing.assert_array_equal(evolution._crowding(values[:3]), [np.inf, 2, np.inf])
+    np.testing.assert_array_equal(search._crowding(values[:3]), [np.inf, 2, np.inf])
 
 
 def test_three_goals_keep_what_nobody_beats(problem):
@@ -200,17 +202,17 @@ def test_three_goals_keep_what_nobody_beats(problem):
         return float("T" in genotype.inputs)
 
     run = list(
-        evolution.evolve_front(
-            evolution.Judge([problem]),
-            search_space.Space("branched"),
+        search.evolve_front(
+            Judge([problem]),
+            spaces.Space("branched"),
             budget=EvolutionBudget(population=20, iterations=400),
             rng=np.random.default_rng(0),
             cost=cost,
         )
     )
     assert len(run) == 21
-    judge = evolution.Judge([problem])
-    members = [judge.judge(search_space.parse(text)) for text in run[-1].front]
+    judge = Judge([problem])
+    members = [judge.judge(genotypes.parse(text)) for text in run[-1].front]
     goals = [(-m.fitness, cost(m.genotype), m.genotype.complexity) for m in members]
     for one, two in itertools.permutations(goals, 2):
         assert not (all(a <= b for a, b in zip(one, two, strict=True)) and one != two)
@@ -219,7 +221,7 @@ def test_three_goals_keep_what_nobody_beats(problem):
 
 def test_the_log_keeps_improvements_and_the_end(problem):
     generations = _run(problem, 6)
-    kept = evolution.improvements(iter(generations))
+    kept = search.improvements(iter(generations))
     assert kept[0] == generations[0]
     assert kept[-1] == generations[-1]
     gains = [g.fitness for g in kept[:-1]]
@@ -231,17 +233,17 @@ def test_a_stopped_run_goes_on_from_its_journal(problem, tmp_path, monkeypatch):
     whole = _run(problem, 7)
 
     def resumed():
-        return evolution.Judge([problem], journal=evolution.Journal(path, run))
+        return Judge([problem], journal=Journal(path, run))
 
-    space = search_space.Space("branched")
-    stopped = evolution.evolve(resumed(), space, budget=BUDGET, rng=np.random.default_rng(7))
+    space = spaces.Space("branched")
+    stopped = search.evolve(resumed(), space, budget=BUDGET, rng=np.random.default_rng(7))
     for _ in range(15):
         next(stopped)
     written = path.read_text()
     path.write_text(written + '{"genotype": "seq')  # killed in the middle of a line
     computed = []
-    evaluate = evolution.Judge._evaluate
-    monkeypatch.setattr(evolution.Judge, "_evaluate", lambda self, g: computed.append(str(g)) or evaluate(self, g))
+    evaluate = Judge._evaluate
+    monkeypatch.setattr(Judge, "_evaluate", lambda self, g: computed.append(str(g)) or evaluate(self, g))
     assert _run(problem, 7, judge=resumed()) == whole
     known = [json.loads(line)["genotype"] for line in written.splitlines()[1:]]
     assert known
@@ -253,20 +255,20 @@ def test_a_stopped_run_goes_on_from_its_journal(problem, tmp_path, monkeypatch):
 
 def test_a_journal_of_another_run_or_version_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "run.jsonl"
-    evolution.Journal(path, {"run": "one", "digits/bench.parquet": "1f"})
+    Journal(path, {"run": "one", "digits/bench.parquet": "1f"})
     with pytest.raises(CorruptArtefactError, match="another run, study or version of the code"):
-        evolution.Journal(path, {"run": "one", "digits/bench.parquet": "2e"})
-    monkeypatch.setattr(evolution, "source_hash", lambda *_: "other")
+        Journal(path, {"run": "one", "digits/bench.parquet": "2e"})
+    monkeypatch.setattr(fitness, "source_hash", lambda *_: "other")
     with pytest.raises(CorruptArtefactError, match="Delete it"):
-        evolution.Journal(path, {"run": "one", "digits/bench.parquet": "1f"})
+        Journal(path, {"run": "one", "digits/bench.parquet": "1f"})
 
 
 def test_too_few_configurations_and_members_are_refused(problem):
     with pytest.raises(InvalidParameterError, match="30 configurations or more, got 20"):
-        evolution.Problem(problem.evaluator, problem.configs[:20], problem.accuracy[:20])
+        Problem(problem.evaluator, problem.configs[:20], problem.accuracy[:20])
     with pytest.raises(InvalidParameterError, match="5 islands of 12 have 2 members"):
         _run(problem, 0, islands=5)
     blank = dataclasses.replace(problem.evaluator._statistics, trace=np.full(6, np.nan))
-    empty = dataclasses.replace(problem, evaluator=search_space.Evaluator(blank))
+    empty = dataclasses.replace(problem, evaluator=Evaluator(blank))
     with pytest.raises(InvalidParameterError, match="none of 400 random genotypes is valid"):
-        evolution.Judge([empty]).newcomer(search_space.Space("branched", ("T",)), np.random.default_rng(0))
+        Judge([empty]).newcomer(spaces.Space("branched", ("T",)), np.random.default_rng(0))

@@ -6,20 +6,20 @@ import shutil
 import numpy as np
 import pytest
 
+from book.studies import evolution
 from book.studies.study import read_manifest
-from emq_lib import experiments
 from emq_lib.bench.table import Bench
 from emq_lib.core.errors import CorruptArtefactError, InvalidParameterError, MissingArtefactError
 from emq_lib.core.profiles import EvolutionBudget
+from emq_lib.evolution.genotypes import parse
 from emq_lib.proxies import ranking
-from emq_lib.search_space import parse
 
 
 @pytest.fixture
 def short(profile, own_study, monkeypatch):
     """The digits study with a few methods, iterations and seeds."""
-    kept = (experiments.EVOLUTION, "three goals", experiments.FOR_RHO, experiments.WITH_PAIRS)
-    monkeypatch.setattr(experiments, "METHODS", {name: experiments.METHODS[name] for name in kept})
+    kept = (evolution.EVOLUTION, "three goals", evolution.FOR_RHO, evolution.WITH_PAIRS)
+    monkeypatch.setattr(evolution, "METHODS", {name: evolution.METHODS[name] for name in kept})
     return dataclasses.replace(profile, evolution=EvolutionBudget(population=8, iterations=8, seeds=2))
 
 
@@ -28,10 +28,10 @@ def _bytes(study):
 
 
 def test_stopped_and_resumed_ends_with_the_same_bytes(short, own_study, monkeypatch):
-    experiments.build_evolution(short, workers=1)
+    evolution.build_evolution(short, workers=1)
     whole = _bytes(own_study)
     (own_study / "evolution.jsonl").unlink()
-    search, seen = experiments.search, []
+    search, seen = evolution.search, []
 
     def stopped(profile, problems, run, journal):
         seen.append(run)
@@ -39,21 +39,21 @@ def test_stopped_and_resumed_ends_with_the_same_bytes(short, own_study, monkeypa
             raise KeyboardInterrupt
         return search(profile, problems, run, journal)
 
-    monkeypatch.setattr(experiments, "search", stopped)
+    monkeypatch.setattr(evolution, "search", stopped)
     with pytest.raises(KeyboardInterrupt):
-        experiments.build_evolution(short, workers=1)
+        evolution.build_evolution(short, workers=1)
     assert not (own_study / "evolution.jsonl").exists()
-    monkeypatch.setattr(experiments, "search", search)
-    experiments.build_evolution(short, workers=1)
+    monkeypatch.setattr(evolution, "search", search)
+    evolution.build_evolution(short, workers=1)
     assert _bytes(own_study) == whole
     assert not list(own_study.glob(".*resume"))
 
 
 def test_every_run_is_logged_with_its_control_and_its_worth(short, own_study):
-    experiments.build_evolution(short, workers=1)
-    table = experiments.load_searches(short)
+    evolution.build_evolution(short, workers=1)
+    table = evolution.load_searches(short)
     structures = table.groupby("method")["structure"].nunique().to_dict()
-    others = {"three goals": 1, experiments.FOR_RHO: 1, experiments.WITH_PAIRS: 1}
+    others = {"three goals": 1, evolution.FOR_RHO: 1, evolution.WITH_PAIRS: 1}
     assert structures == {"evolution": 3, "random search": 3} | others
     evolved = table.query("method == 'evolution'").set_index(["structure", "seed"])
     control = table.query("method == 'random search'").set_index(["structure", "seed"])
@@ -61,13 +61,13 @@ def test_every_run_is_logged_with_its_control_and_its_worth(short, own_study):
     assert table.query("method != @experiments.WITH_PAIRS")["separable"].all()
     row = table.iloc[0]
     _, heldout = Bench.load(short).split()
-    (problem,) = experiments.load_problems(short)
+    (problem,) = evolution.load_problems(short)
     scores = problem.evaluator.score(parse(row["best"]), heldout.configs)
     assert row["heldout_rho100"] == pytest.approx(ranking.spearman(scores, heldout.top1))
     assert row["heldout_fitness"] == pytest.approx(ranking.fitness(scores, heldout.top1))
     with pytest.raises(MissingArtefactError, match="has no run of 'islands'"):
-        experiments.load_winner(short, "islands")
-    winner = experiments.load_winner(short, experiments.EVOLUTION)
+        evolution.load_winner(short, "islands")
+    winner = evolution.load_winner(short, evolution.EVOLUTION)
     assert winner["fitness"] == table.query("method == 'evolution'")["goal"].max()
     assert {"evolution.jsonl", "searches.csv"} <= set(read_manifest(short))
 
@@ -77,8 +77,8 @@ def test_goals_read_the_search_half_alone(goal, profile, study):
     search, heldout = Bench.load(profile).split()
     spread, _ = Bench.load(profile).split("stratified")
     allowed = {tuple(row) for row in (spread if goal == "sizes" else search).configs}
-    problems = experiments.load_problems(profile, goal)
-    assert len(problems) == (experiments.HALVES if goal == "halves" else 1)
+    problems = evolution.load_problems(profile, goal)
+    assert len(problems) == (evolution.HALVES if goal == "halves" else 1)
     for problem in problems:
         assert {tuple(row) for row in problem.configs} <= allowed
     assert len(problems[0].configs) == {"few": 50, "halves": 60, "sizes": 60}.get(goal, len(search))
@@ -88,29 +88,29 @@ def test_goals_read_the_search_half_alone(goal, profile, study):
 def test_other_studies_are_evolved_on_together(short, own_study, profile):
     twin = dataclasses.replace(short, name="twin")
     shutil.copytree(own_study, own_study.parent / "twin")
-    experiments.build_transfer(short, [twin], workers=1)
-    winner = experiments.load_winner(short, "transferred for rho", filename="transfer.jsonl")
-    (problem,) = experiments.load_problems(twin, "rho")
+    evolution.build_transfer(short, [twin], workers=1)
+    winner = evolution.load_winner(short, "transferred for rho", filename="transfer.jsonl")
+    (problem,) = evolution.load_problems(twin, "rho")
     scores = problem.evaluator.score(parse(winner["best"]), problem.configs)
     assert winner["fitness"] == pytest.approx(problem.fitness(scores))
     with pytest.raises(InvalidParameterError, match="cannot be among the others"):
-        experiments.build_transfer(short, [short])
+        evolution.build_transfer(short, [short])
 
 
 def test_a_journal_of_other_data_is_refused(short, own_study, monkeypatch):
-    monkeypatch.setattr(experiments.shutil, "rmtree", lambda _: None)
-    experiments.build_evolution(short, workers=1)
+    monkeypatch.setattr(evolution.shutil, "rmtree", lambda _: None)
+    evolution.build_evolution(short, workers=1)
     longer = dataclasses.replace(short, evolution=EvolutionBudget(population=8, iterations=9, seeds=2))
     with pytest.raises(CorruptArtefactError, match="another run, study or version"):
-        experiments.build_evolution(longer, workers=1)
+        evolution.build_evolution(longer, workers=1)
 
 
 def test_methods_search_what_their_names_say():
     rng = np.random.default_rng(0)
-    factor = experiments.make_space(experiments.METHODS["bits as a factor"], "branched")
+    factor = evolution.make_space(evolution.METHODS["bits as a factor"], "branched")
     assert all(name.startswith("b") and len(name) == 2 for name in factor.random(rng).inputs)
-    pairs = experiments.make_space(experiments.METHODS[experiments.WITH_PAIRS], "branched")
+    pairs = evolution.make_space(evolution.METHODS[evolution.WITH_PAIRS], "branched")
     assert "survival" in pairs.aggregations
-    judge = experiments.make_judge([], experiments.METHODS["short formulas"])
-    assert judge.penalty == experiments.PENALTY
-    assert experiments.make_judge([], experiments.METHODS["random halves"]).across == "stable"
+    judge = evolution.make_judge([], evolution.METHODS["short formulas"])
+    assert judge.penalty == evolution.PENALTY
+    assert evolution.make_judge([], evolution.METHODS["random halves"]).across == "stable"

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from emq_lib import kernels
 from emq_lib.core.errors import InvalidParameterError
-from emq_lib.search_space import BINARIES, UNARIES
+from emq_lib.evolution import kernels
+from emq_lib.evolution.primitives import BINARIES, UNARIES
 
 CHOICES, LENGTHS = (2, 3, 4), (5, 1_200, 64)  # one layer longer than a tile
 FUNCTIONS = {name: entry.function for name, entry in (UNARIES | BINARIES).items()}

@@ -11,8 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emq_lib import search_space as space
 from emq_lib.core.errors import GenotypeSyntaxError
+from emq_lib.evolution import primitives, spaces
+from emq_lib.evolution.evaluator import Evaluator, element_programs
+from emq_lib.evolution.genotypes import KNOWN, canonical, parse, to_latex, without_each_term
 from emq_lib.proxies import handmade
 from emq_lib.proxies.layer_statistics import LayerStatistics
 from emq_lib.proxies.released import ReleasedStatistics
@@ -85,14 +87,14 @@ def statistics():
 
 @pytest.fixture(scope="module")
 def evaluator(statistics):
-    return space.Evaluator(statistics)
+    return Evaluator(statistics)
 
 
 genotypes = st.builds(
-    lambda structure, aggregation, prioritized, seed: space.Space(
+    lambda structure, aggregation, prioritized, seed: spaces.Space(
         structure, aggregations=(aggregation,), prioritized=prioritized
     ).random(np.random.default_rng(seed)),
-    st.sampled_from(space.STRUCTURES),
+    st.sampled_from(primitives.STRUCTURES),
     st.sampled_from(list(AGGREGATIONS)),
     st.booleans(),
     st.integers(0, 100_000),
@@ -102,9 +104,9 @@ genotypes = st.builds(
 @settings(max_examples=200, deadline=None)
 @given(genotypes)
 def test_text_parses_back_to_the_same_genotype(genotype):
-    assert space.parse(str(genotype)) == genotype
-    assert hash(space.parse(str(genotype))) == hash(genotype)
-    assert space.to_latex(genotype).startswith("S = ")
+    assert parse(str(genotype)) == genotype
+    assert hash(parse(str(genotype))) == hash(genotype)
+    assert to_latex(genotype).startswith("S = ")
     assert genotype.complexity >= len(set(genotype.inputs))
 
 
@@ -112,9 +114,9 @@ def test_text_parses_back_to_the_same_genotype(genotype):
 @given(genotypes)
 def test_canonical_form_ranks_alike_and_is_its_own(genotype):
     """The evaluator reads canonical forms, so compare with every step of the longer form taken."""
-    statistics, short = make_statistics(), space.canonical(genotype)
-    assert space.canonical(short) == short
-    plain = space.Evaluator(statistics)
+    statistics, short = make_statistics(), canonical(genotype)
+    assert canonical(short) == short
+    plain = Evaluator(statistics)
     with torch.inference_mode():
         long, brief = plain._value(genotype), plain._value(short)
         if not long.pairs:
@@ -137,7 +139,7 @@ def test_canonical_form_ranks_alike_and_is_its_own(genotype):
 )
 def test_syntax_errors_say_where_and_what(text, position, expected):
     with pytest.raises(GenotypeSyntaxError, match=rf"position {position}: .*{expected}"):
-        space.parse(text)
+        parse(text)
 
 
 def test_unknown_names_of_a_space_are_refused():
@@ -148,26 +150,26 @@ def test_unknown_names_of_a_space_are_refused():
         ({"structure": "dag", "aggregations": ("vote",)}, "unknown aggregation"),
     ):
         with pytest.raises(GenotypeSyntaxError, match=message):
-            space.Space(**options)
+            spaces.Space(**options)
     with pytest.raises(GenotypeSyntaxError, match="unknown mode"):
-        space.Evaluator(make_statistics(), mode="fixed")
+        Evaluator(make_statistics(), mode="fixed")
 
 
 def test_there_are_the_papers_number_of_primitives_and_its_names():
-    assert len(space.UNARIES) + len(space.BINARIES) >= 56
+    assert len(primitives.UNARIES) + len(primitives.BINARIES) >= 56
     released = "log abslog abs pow2 exp normalize relu invert frobenius mean l1 softmax sigmoid logsoftmax sqrt negate"
     released += " min_max std no_op mish swish leaky_relu sign p_dist slogdet sum var min max gram"
-    assert set(released.split()) <= set(space.UNARIES)
+    assert set(released.split()) <= set(primitives.UNARIES)
     released = "sum difference product matmul average less greater equal hamming distance divergence cosine mse"
-    assert set(released.split()) | {"l1_distance"} <= set(space.BINARIES)
+    assert set(released.split()) | {"l1_distance"} <= set(primitives.BINARIES)
 
 
 def test_sizes_of_the_papers_structures():
     """Linear 4 x 20^4, tree 4^2 x 20^4 x 4 and graph 4^2 x 20^9 follow from the same counting."""
-    inputs, u, v = ("W", "A", "G", "V"), len(space.UNARIES), len(space.BINARIES)
-    assert space.Space("sequential", inputs).size == 4 * u**4
-    assert space.Space("branched", inputs, chains=(2, 2, 0)).size == 16 * u**4 * v
-    assert space.Space("dag", inputs).size == 16 * u**9
+    inputs, u, v = ("W", "A", "G", "V"), len(primitives.UNARIES), len(primitives.BINARIES)
+    assert spaces.Space("sequential", inputs).size == 4 * u**4
+    assert spaces.Space("branched", inputs, chains=(2, 2, 0)).size == 16 * u**4 * v
+    assert spaces.Space("dag", inputs).size == 16 * u**9
 
 
 LAYERWISE = {
@@ -219,10 +221,10 @@ ELEMENTWISE = {
 
 
 def test_every_unary_agrees_with_its_formula_one_layer_and_width_at_a_time(statistics, evaluator):
-    assert set(LAYERWISE) | set(ELEMENTWISE) == set(space.UNARIES)
+    assert set(LAYERWISE) | set(ELEMENTWISE) == set(primitives.UNARIES)
     with torch.inference_mode():
         error = evaluator.input("E")
-        for name, unary in space.UNARIES.items():
+        for name, unary in primitives.UNARIES.items():
             found = evaluator._unary(name, error).layers()
             for layer, width in itertools.product(range(3), range(3)):
                 x = statistics.errors[layer][width].double().numpy()
@@ -234,22 +236,22 @@ def test_every_unary_agrees_with_its_formula_one_layer_and_width_at_a_time(stati
 
 def test_the_determinant_of_more_channels_than_weights_each_is_that_of_the_channels():
     layer = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(0))
-    found = space.UNARIES["slogdet"].function(layer, 21).flatten().numpy()
+    found = primitives.UNARIES["slogdet"].function(layer, 21).flatten().numpy()
     grams = np.einsum("rck,rdk->rcd", layer.double(), layer.double()) / 3
     np.testing.assert_allclose(found, np.linalg.slogdet(grams + 1e-9 * np.eye(7))[1], rtol=1e-6)
 
 
 def test_a_population_in_one_launch_scores_like_one_formula_at_a_time(statistics, evaluator):
-    drawing = space.Space("branched", inputs=("W", "G", "E", "bW", "C", "bC"))
+    drawing = spaces.Space("branched", inputs=("W", "G", "E", "bW", "C", "bC"))
     rng = np.random.default_rng(0)
-    tame = tuple(name for name in space.UNARIES if name not in ("invert", "rsqrt", "exp", "cube"))
+    tame = tuple(name for name in primitives.UNARIES if name not in ("invert", "rsqrt", "exp", "cube"))
     drawing = dataclasses.replace(
-        drawing, unaries=tame, binaries=tuple(name for name in space.BINARIES if name != "ratio")
+        drawing, unaries=tame, binaries=tuple(name for name in primitives.BINARIES if name != "ratio")
     )
-    population = [space.KNOWN["bit-SNIP"], space.KNOWN["Fisher error"], *(drawing.random(rng) for _ in range(150))]
-    together = space.Evaluator(statistics, batched=True)
+    population = [KNOWN["bit-SNIP"], KNOWN["Fisher error"], *(drawing.random(rng) for _ in range(150))]
+    together = Evaluator(statistics, batched=True)
     together.prepare(population)
-    parts = {key for genotype in population for key in space.element_programs(genotype)}
+    parts = {key for genotype in population for key in element_programs(genotype)}
     assert set(together._prepared) == parts
     assert len(parts) > 40
     assert {key[0] for key in parts} > {"W", "E", "C", "product"}
@@ -282,7 +284,7 @@ def test_every_binary_agrees_with_its_formula(statistics, evaluator):
         "maximum": np.maximum,
         "minimum": np.minimum,
     }
-    assert set(truths) == set(space.BINARIES)
+    assert set(truths) == set(primitives.BINARIES)
     with torch.inference_mode():
         weight, error = evaluator.input("W"), evaluator.input("E")
         for name, truth in truths.items():
@@ -294,40 +296,40 @@ def test_every_binary_agrees_with_its_formula(statistics, evaluator):
                 expected = truth(x, y)
                 value = found[layer][width].numpy().reshape(np.shape(expected))
                 np.testing.assert_allclose(value, expected, rtol=1e-3, atol=1e-4, err_msg=name)
-                if name in space.COMMUTATIVE:
+                if name in primitives.COMMUTATIVE:
                     torch.testing.assert_close(back[layer], found[layer])
 
 
-@pytest.mark.parametrize("name", space.KNOWN)
+@pytest.mark.parametrize("name", KNOWN)
 def test_hand_made_proxies_are_points_of_the_space(name, statistics, evaluator):
     """The same numbers, but SQNR in decibels: 20 log10 there, natural logarithm here."""
-    found, truth = evaluator.scores(space.KNOWN[name]), handmade.score_table(name, statistics)
+    found, truth = evaluator.scores(KNOWN[name]), handmade.score_table(name, statistics)
     scale = 20 / math.log(10) if name == "SQNR" else 1.0
     np.testing.assert_allclose(found * scale, truth, rtol=1e-4, atol=1e-7)
 
 
 def test_the_papers_proxies_are_points_of_the_space():
     named = {"bit-SNIP", "bit-Synflow", "bit-plain", "bit-Fisher", "HAWQ-V2", "relative weight error", "Fisher error"}
-    assert named | {"bit sum", "parameter bits"} <= set(space.KNOWN)
+    assert named | {"bit sum", "parameter bits"} <= set(KNOWN)
 
 
 def test_the_released_formula_knows_nothing_of_gradients(statistics):
     """Its softmax over channels has the mean one over their number, whatever the gradient."""
     other = dataclasses.replace(statistics, virtual_gradients=statistics.gradients)
-    one, two = (space.Evaluator(s).scores(space.KNOWN["EMQ"]) for s in (statistics, other))
+    one, two = (Evaluator(s).scores(KNOWN["EMQ"]) for s in (statistics, other))
     np.testing.assert_allclose(one, two, rtol=1e-5)
 
 
 def test_released_primitives_have_their_traps(statistics):
-    released = space.Evaluator(statistics, mode="released")
-    log = space.parse("sequential(W: log)")
+    released = Evaluator(statistics, mode="released")
+    log = parse("sequential(W: log)")
     assert np.isnan(released.scores(log)).all()
-    assert np.isfinite(space.Evaluator(statistics).scores(log)).all()
-    assert np.isinf(released.scores(space.parse("sequential(E: invert, exp)"))).any()
+    assert np.isfinite(Evaluator(statistics).scores(log)).all()
+    assert np.isinf(released.scores(parse("sequential(E: invert, exp)"))).any()
 
 
 def test_unlike_geometries_meet_as_means_per_layer(statistics, evaluator):
-    found = evaluator.scores(space.parse("branched(product; A: abs; E: pow2; no_op)"))
+    found = evaluator.scores(parse("branched(product; A: abs; E: pow2; no_op)"))
     truth = [
         [a.abs().mean() * e.square().mean() for e in errors]
         for a, errors in zip(statistics.activations, statistics.errors, strict=True)
@@ -340,7 +342,7 @@ def test_a_sum_over_pairs_is_the_expected_score_of_a_layer(statistics, evaluator
     configs = np.array(list(itertools.product(CHOICES, repeat=3)))
     for name in ("CLADO", "added logit changes"):
         scores = score(handmade.score_table(name, statistics), configs, CHOICES)
-        table = evaluator.scores(space.parse(f"sequential({'P' if name == 'CLADO' else 'D'}: sum, negate)"))
+        table = evaluator.scores(parse(f"sequential({'P' if name == 'CLADO' else 'D'}: sum, negate)"))
         for slot, choice in itertools.product(range(3), range(3)):
             chosen = configs[:, slot] == CHOICES[choice]
             reference = configs[:, slot] == CHOICES[2]
@@ -349,7 +351,7 @@ def test_a_sum_over_pairs_is_the_expected_score_of_a_layer(statistics, evaluator
 
 
 def test_a_dag_adds_what_its_edges_bring(statistics, evaluator):
-    found = evaluator.scores(space.parse("dag(E, H; pow2, abs; no_op, sqrt, negate)"))
+    found = evaluator.scores(parse("dag(E, H; pow2, abs; no_op, sqrt, negate)"))
     for layer in range(3):
         h = statistics.curvature[layer].double()
         for choice in range(3):
@@ -362,15 +364,15 @@ def test_a_dag_adds_what_its_edges_bring(statistics, evaluator):
 
 def test_layers_that_share_a_slot_are_added_up(statistics):
     tied = dataclasses.replace(statistics, slots=np.array([0, 1, 1]), kl=statistics.kl[:2], loss=statistics.loss[:2])
-    error = space.parse("sequential(E: pow2, sum)")
-    apart, together = (space.Evaluator(s).scores(error) for s in (statistics, tied))
+    error = parse("sequential(E: pow2, sum)")
+    apart, together = (Evaluator(s).scores(error) for s in (statistics, tied))
     np.testing.assert_allclose(together, [apart[0], apart[1] + apart[2]])
-    np.testing.assert_allclose(space.Evaluator(tied).scores(space.parse("sequential(K: no_op)")), tied.kl, rtol=1e-6)
+    np.testing.assert_allclose(Evaluator(tied).scores(parse("sequential(K: no_op)")), tied.kl, rtol=1e-6)
 
 
 def test_aggregations_by_hand(statistics, evaluator):
     config = np.array([[2, 4, 3]])
-    table = evaluator.scores(space.KNOWN["one-layer KL"])
+    table = evaluator.scores(KNOWN["one-layer KL"])
     parts = table[[0, 1, 2], [0, 2, 1]]
     scale = np.abs(table).mean()
     truth = {
@@ -381,19 +383,19 @@ def test_aggregations_by_hand(statistics, evaluator):
     }
     assert set(truth) == set(AGGREGATIONS)
     for name, expected in truth.items():
-        genotype = space.parse(f"{'' if name == 'sum' else name + ' '}sequential(K: negate)")
+        genotype = parse(f"{'' if name == 'sum' else name + ' '}sequential(K: negate)")
         assert genotype.aggregation == name
         assert evaluator.score(genotype, config)[0] == pytest.approx(expected, rel=1e-6)
 
 
 def test_children_take_every_gene_from_a_parent():
     rng = np.random.default_rng(0)
-    for structure in space.STRUCTURES:
-        whole = space.Space(structure, aggregations=tuple(AGGREGATIONS))
+    for structure in primitives.STRUCTURES:
+        whole = spaces.Space(structure, aggregations=tuple(AGGREGATIONS))
         one, two = whole.random(rng), whole.random(rng)
         before = str(one), str(two)
         for _ in range(20):
-            child = space.cross(one, two, rng=rng)
+            child = spaces.cross(one, two, rng=rng)
             assert child.binary in (one.binary, two.binary)
             assert child.aggregation in (one.aggregation, two.aggregation)
             for gene, *parents in zip(child.inputs, one.inputs, two.inputs, strict=True):
@@ -407,16 +409,16 @@ def test_children_take_every_gene_from_a_parent():
 
 def test_prioritized_sampling_draws_by_weight():
     rng = np.random.default_rng(1)
-    drawn = [u for _ in range(3_000) for u in space.Space("sequential").random(rng).chains[0]]
+    drawn = [u for _ in range(3_000) for u in spaces.Space("sequential").random(rng).chains[0]]
     assert 1.6 < drawn.count("no_op") / drawn.count("abs") < 2.5
     assert 0.3 < drawn.count("mish") / drawn.count("abs") < 0.7
-    even = space.Space("sequential", prioritized=False)
+    even = spaces.Space("sequential", prioritized=False)
     drawn = [u for _ in range(3_000) for u in even.random(rng).chains[0]]
     assert 0.7 < drawn.count("mish") / drawn.count("abs") < 1.4
 
 
 def test_a_formula_without_each_of_its_terms():
-    left = space.without_each_term(space.parse("branched(ratio; E: pow2, no_op; W: abs; negate)"))
+    left = without_each_term(parse("branched(ratio; E: pow2, no_op; W: abs; negate)"))
     assert {what: str(genotype) for what, genotype in left.items()} == {
         "pow2 (1.1)": "branched(ratio; E: no_op, no_op; W: abs; negate)",
         "abs (2.1)": "branched(ratio; E: pow2, no_op; W: no_op; negate)",
@@ -428,23 +430,23 @@ def test_a_formula_without_each_of_its_terms():
 
 def test_a_space_can_be_walked_whole():
     small = {"unaries": ("abs", "no_op"), "binaries": ("sum", "ratio"), "chains": (1, 1, 1)}
-    whole = space.Space("branched", ("K", "E"), **small)
+    whole = spaces.Space("branched", ("K", "E"), **small)
     found = list(whole)
     assert len(found) == len(set(found)) == whole.size == 4 * 8 * 2
     even, rng = dataclasses.replace(whole, prioritized=False), np.random.default_rng(0)
     assert {even.random(rng) for _ in range(2_000)} == set(found)
-    assert len(list(space.Space("dag", ("K",), unaries=("abs",)))) == 1
+    assert len(list(spaces.Space("dag", ("K",), unaries=("abs",)))) == 1
 
 
 def test_known_proxies_fit_into_a_space_with_the_same_ranks(statistics, evaluator):
     configs = np.array(list(itertools.product(CHOICES, repeat=3)))
-    branched = space.Space("branched")
-    fitting = {name: branched.fit(genotype) for name, genotype in space.KNOWN.items()}
+    branched = spaces.Space("branched")
+    fitting = {name: branched.fit(genotype) for name, genotype in KNOWN.items()}
     assert fitting["EMQ"] is None  # its branches have three unaries
     for name in ("one-layer KL", "HAWQ-V2", "CLADO", "bit-SNIP"):
         filled = fitting[name]
         assert [len(chain) for chain in filled.chains] == [2, 2, 2]
-        one, two = (evaluator.score(genotype, configs) for genotype in (space.KNOWN[name], filled))
+        one, two = (evaluator.score(genotype, configs) for genotype in (KNOWN[name], filled))
         np.testing.assert_allclose(two, one * np.median(two / one), rtol=1e-5)
-    assert space.Space("branched", ("W", "E")).fit(space.KNOWN["HAWQ-V2"]) is None
-    assert space.Space("dag").fit(space.KNOWN["HAWQ-V2"]) is None
+    assert spaces.Space("branched", ("W", "E")).fit(KNOWN["HAWQ-V2"]) is None
+    assert spaces.Space("dag").fit(KNOWN["HAWQ-V2"]) is None

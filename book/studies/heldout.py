@@ -14,7 +14,13 @@ from emq_lib.bench.table import Bench
 from emq_lib.core.errors import MissingArtefactError
 from emq_lib.core.files import atomic_path
 from emq_lib.core.profiles import QUANTIZERS, Profile
-from emq_lib.experiments import (
+from emq_lib.evolution.evaluator import Evaluator
+from emq_lib.evolution.genotypes import parse
+from emq_lib.proxies import intervals, oracles, ranking
+from emq_lib.proxies.scores import is_table, score
+
+from book.studies.bench import has_study
+from book.studies.evolution import (
     ALLOCATED,
     EVOLVED,
     SEARCHED,
@@ -22,11 +28,6 @@ from emq_lib.experiments import (
     load_searches,
     load_winner,
 )
-from emq_lib.proxies import intervals, oracles, ranking
-from emq_lib.proxies.scores import is_table, score
-from emq_lib.search_space import Evaluator, parse
-
-from book.studies.bench import has_study
 from book.studies.proxies import load_proxies, load_statistics
 from book.studies.study import checked_path, record, study_folder
 

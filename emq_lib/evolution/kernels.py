@@ -10,15 +10,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton looks when a function is decorated
-
 import triton
 import triton.language as tl
 
 from emq_lib.core.errors import InvalidParameterError
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton looks when a function is decorated
 TIMES_BITS = "times b"  # the one function that asks for the bit width of its row
 UNARY = ("abs", "pow2", "cube", "negate", "sign", "relu", "leaky_relu", "sqrt", "rsqrt", "cbrt", "invert", "log")
 UNARY += ("abslog", "log1p", "exp", "sigmoid", "tanh", "softplus", "mish", "swish", TIMES_BITS)
@@ -26,7 +24,6 @@ BINARY = ("sum", "difference", "product", "ratio", "average", "maximum", "minimu
 BINARY += ("hamming",)
 DEPTH = 3  # values that wait on the stack at most
 BLOCK = 1_024
-
 Tensor = torch.Tensor
 _FIRST_BINARY, _FIRST_INPUT = tl.constexpr(len(UNARY)), tl.constexpr(len(UNARY) + len(BINARY))
 _EPSILON = tl.constexpr(1e-9)

@@ -6,80 +6,21 @@ rejection and an equivalence check. Explained in chapter 03.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
-import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from emq_lib import search_space
-from emq_lib.core.errors import CorruptArtefactError, InvalidParameterError
-from emq_lib.core.files import named_when_full, to_json
+from emq_lib.core.errors import InvalidParameterError
 from emq_lib.core.profiles import EvolutionBudget
-from emq_lib.core.sources import source_hash
-from emq_lib.proxies import handmade, ranking
-from emq_lib.proxies.ranking import MINIMUM, fitness_many
-from emq_lib.proxies.scores import SEPARABLE, is_table, score
-from emq_lib.search_space import Evaluator, Genotype, Space, canonical, cross, parse
+from emq_lib.evolution.fitness import Individual, Judge
+from emq_lib.evolution.genotypes import Genotype
+from emq_lib.evolution.spaces import Space, cross
 
 PARENTS = 0.5  # share of the population that may become parents
 CROSSOVER = MUTATION = GENES = 0.5  # of children that are crossed, of children and of their genes that are mutated
-ATTEMPTS = 400  # draws after which a valid random genotype is given up
 MIGRATION = 25  # rounds between exchanges of islands
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What candidates are judged on: configurations of one study and how accurate they are.
-
-    Args:
-        evaluator: computes scores.
-        configs: bits, shape (N, S), N at least 30.
-        accuracy: shape (N,).
-        groups: rho is taken inside each of these groups of configurations and averaged; None: the paper's fitness, the
-            mean of rho among the best 20, 50 and 100 % of all.
-
-    Raises:
-        InvalidParameterError: fewer than 30 configurations.
-    """
-
-    evaluator: Evaluator
-    configs: np.ndarray
-    accuracy: np.ndarray
-    groups: tuple[np.ndarray, ...] | None = None
-
-    def __post_init__(self) -> None:
-        """Check the number of configurations."""
-        if len(self.configs) < MINIMUM:
-            raise InvalidParameterError(f"fitness needs {MINIMUM} configurations or more, got {len(self.configs)}.")
-
-    def inside_sizes(self, sizes: np.ndarray, bins: int) -> Problem:
-        """Return the problem of ranking configurations of similar size: so many bins of equally many."""
-        return replace(self, groups=tuple(np.array_split(np.argsort(sizes, kind="stable"), bins)))
-
-    def resampled(self, times: int, *, rng: np.random.Generator) -> list[Problem]:
-        """Return so many problems of half the configurations each, against fitting a formula to all of them."""
-        halves = [rng.permutation(len(self.configs))[: len(self.configs) // 2] for _ in range(times)]
-        return [replace(self, configs=self.configs[half], accuracy=self.accuracy[half]) for half in halves]
-
-    def fitness(self, scores: np.ndarray) -> float:
-        """Return the fitness of the scores (N,); NaN where they rank nothing."""
-        if self.groups is None:
-            return float(fitness_many(scores[None], self.accuracy)[0])
-        inside = [fitness_many(scores[None, group], self.accuracy[group], (100,))[0] for group in self.groups]
-        return float(np.mean(inside))
-
-
-@dataclass(frozen=True)
-class Individual:
-    """A genotype with its fitness and the fingerprint of the order in which it ranks the configurations."""
-
-    genotype: Genotype
-    fitness: float
-    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -107,138 +48,6 @@ class Generation:
     fitness: float
     mean: float
     front: tuple[str, ...] = ()
-
-
-class Journal:
-    """Judgements of one run on disk, a line each: a run that starts again reads them instead of computing them.
-
-    A search is the same for the same random numbers, so a run that was killed goes through its generations again
-    without evaluating anything, and goes on where it was; what it had not written, at most the candidates of one
-    generation, is lost.
-
-    Args:
-        path: the file, which may exist.
-        run: what the judgements depend on.
-
-    Raises:
-        CorruptArtefactError: the file belongs to another run or another version of the code.
-    """
-
-    def __init__(self, path: pathlib.Path, run: Mapping[str, object]) -> None:
-        code = source_hash(search_space, ranking, handmade, Problem, Judge)
-        head = to_json(dict(run) | {"code": code})
-        lines = path.read_text().split("\n") if path.exists() else []
-        complete = lines[:-1]  # what follows the last line break was cut short
-        if complete and complete[0] != head:
-            raise CorruptArtefactError(
-                f"{path} is of another run, study or version of the code; it says {complete[0]}. Delete it."
-            )
-        self._known = {line["genotype"]: line for line in map(json.loads, complete[1:])}
-        with named_when_full(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(line + "\n" for line in complete or [head]))
-        self._path = path
-
-    def find(self, genotype: Genotype) -> tuple[bool, Individual | None]:
-        """Return whether a genotype was judged, and how."""
-        line = self._known.get(str(genotype))
-        if line is None or line["fitness"] is None:
-            return line is not None, None
-        return True, Individual(parse(line["genotype"]), line["fitness"], line["fingerprint"])
-
-    def append(self, genotype: Genotype, found: Individual | None) -> None:
-        """Write a judgement."""
-        fitness, fingerprint = (found.fitness, found.fingerprint) if found else (None, None)
-        line = to_json({"genotype": str(genotype), "fitness": fitness, "fingerprint": fingerprint})
-        with named_when_full(self._path), self._path.open("a") as file:
-            file.write(line + "\n")
-
-
-@dataclass
-class Judge:
-    """Screens candidates and evaluates their fitness.
-
-    Args:
-        problems: of one study or of several.
-        across: how fitness on several problems is put together: "mean", "worst", or "stable", the mean less the
-            standard deviation.
-        penalty: fitness that each operation of a formula costs.
-        separable: whether formulas must be sums over layers.
-        rising: whether a layer must never score lower with more bits, as an optimizer that looks for the highest score
-            needs it.
-        screening: whether equivalent candidates are recognized; rejection of broken ones is always on.
-        journal: where judgements are kept.
-    """
-
-    problems: Sequence[Problem]
-    across: str = "mean"
-    penalty: float = 0.0
-    separable: bool = False
-    rising: bool = False
-    screening: bool = True
-    journal: Journal | None = None
-    evaluations: int = 0
-    rejected: int = 0
-    duplicates: int = 0
-    _known: dict[Genotype, Individual | None] = field(default_factory=dict)
-
-    def judge(self, genotype: Genotype) -> Individual | None:
-        """Return the candidate with its fitness, or None if its scores are not finite or rank nothing."""
-        key = canonical(genotype)
-        if self.screening and key in self._known:
-            self.duplicates += 1
-            found = self._known[key]
-            return found and replace(found, genotype=genotype)
-        judged, found = self.journal.find(key) if self.journal else (False, None)
-        if not judged:
-            found = self._evaluate(key)
-            if self.journal:
-                self.journal.append(key, found)
-        self._known[key] = found
-        if found is None:
-            self.rejected += 1
-            return None
-        self.evaluations += 1
-        return replace(found, genotype=genotype)
-
-    def judge_many(self, genotypes: Sequence[Genotype]) -> list[Individual | None]:
-        """Return what :meth:`judge` does of each, evaluated together as far as the evaluators can."""
-        for evaluator in dict.fromkeys(problem.evaluator for problem in self.problems):
-            evaluator.prepare(genotypes)
-        return list(map(self.judge, genotypes))
-
-    def _evaluate(self, genotype: Genotype) -> Individual | None:
-        order, found, tables = hashlib.blake2b(digest_size=8), [], {}
-        for problem in self.problems:
-            evaluator = problem.evaluator
-            if evaluator not in tables:
-                tables[evaluator] = evaluator.scores(genotype)
-            table = tables[evaluator]
-            separable = is_table(table, evaluator.choices)
-            if not np.isfinite(table).all() or (separable and (table == table[:, :1]).all()):
-                return None
-            if self.separable and not (separable and genotype.aggregation in SEPARABLE):
-                return None
-            if self.rising and separable and (np.diff(table, axis=1) < 0).any():
-                return None
-            scores = score(table, problem.configs, evaluator.choices, aggregation=genotype.aggregation)
-            order.update(np.argsort(scores, kind="stable").astype(np.int32).tobytes())
-            found.append(problem.fitness(scores))
-        fitness = {"mean": np.mean, "worst": np.min, "stable": lambda x: np.mean(x) - np.std(x)}[self.across](found)
-        fitness = float(fitness - self.penalty * genotype.complexity)
-        return Individual(genotype, fitness, order.hexdigest()) if np.isfinite(fitness) else None
-
-    def newcomer(self, space: Space, rng: np.random.Generator, taken: Iterable[str] = ()) -> Individual:
-        """Return the first drawn candidate that is valid and ranks unlike those taken.
-
-        Raises:
-            InvalidParameterError: none of 400 draws is; the statistics are probably constant.
-        """
-        for _ in range(ATTEMPTS):
-            candidate = self.judge(space.random(rng))
-            if candidate is not None and candidate.fingerprint not in taken:
-                return candidate
-        raise InvalidParameterError(f"none of {ATTEMPTS} random genotypes is valid; look at the statistics.")
 
 
 def evolve(

@@ -1,0 +1,1 @@
+"""Evolution: primitives, genotypes and their text, the evaluator, the search, the Triton kernel."""
