@@ -1,4 +1,4 @@
-"""Exact allocation: `emq_lib.allocation` against the same integer program in PuLP, solved by CBC.
+"""Exact allocation: `emq_lib.allocation.exact` against the same integer program in PuLP, solved by CBC.
 
 Random problems of MobileNetV2's shape: 53 layers, 7 widths, budgets for size and BOPs. Both must reach the same score
 within both budgets before a time counts; stating the program is part of it, as a user waits for that too. Then the
@@ -20,7 +20,7 @@ import numpy as np
 import pulp
 from engine import hardware
 
-from emq_lib.allocation import Allocation, allocate, pareto_front
+from emq_lib.allocation.exact import Allocation, allocate, pareto_front
 from emq_lib.core.costs import CostTable, gather
 
 RESULTS = pathlib.Path(__file__).with_suffix(".json")

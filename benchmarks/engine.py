@@ -66,7 +66,7 @@ def _torchs_fake_quantize(activation_range: quantizers.ActivationRange) -> Calla
 
 def engine(profile, data, split: Split, configs: np.ndarray, scheduler: str | None = None) -> np.ndarray:
     """Return whether each image is classified correctly (N, images), bank and ranges built first."""
-    network, _ = rows.load_network(profile, data)
+    network, _ = rows.build_network(profile, data)
     blocks = remote.measure_anywhere(profile, network, split, configs, scheduler)
     found = {item.config: item.correct for block in blocks for item in block}
     return np.stack([found[tuple(map(int, config))] for config in configs])

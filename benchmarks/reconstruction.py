@@ -1,4 +1,4 @@
-"""Reconstruction in order (BRECQ): `emq_lib.block_reconstruction` against a plain loop.
+"""Reconstruction in order (BRECQ): `emq_lib.quantization.brecq` against a plain loop.
 
 Both learn the rounding of the weights of one configuration block after block, on the same batches from the same seed.
 The plain loop keeps nothing between steps: for every batch the float network and the quantized blocks before are run
@@ -26,15 +26,15 @@ import torch.nn.functional as F
 from engine import hardware
 from torch.func import functional_call
 
-from book.studies.rows import load_folded, load_network
-from emq_lib.block_reconstruction import PAPER, Settings, reconstruct_in_order
+from book.studies.rows import build_network, load_folded
 from emq_lib.core.bank import build_weight_bank
 from emq_lib.core.datasets import load_dataset
 from emq_lib.core.graphs import segments
 from emq_lib.core.models import predict
 from emq_lib.core.networks import QuantizedNetwork
 from emq_lib.core.profiles import get_profile
-from emq_lib.reconstruction import Rounding, learn_rounding
+from emq_lib.quantization.adaround import Rounding, learn_rounding
+from emq_lib.quantization.brecq import PAPER, Settings, reconstruct_in_order
 
 RESULTS = pathlib.Path(__file__).with_suffix(".json")
 AGREEMENT, SIMILAR = 0.98, 0.05  # sums in another order now and then tip a rounding
@@ -83,7 +83,7 @@ def run(name: str, *, iterations: tuple[int, int]) -> dict:
     """Compare, time, and return what was measured."""
     profile = get_profile(name)
     data = load_dataset(profile)
-    network, layers = load_network(profile, data)
+    network, layers = build_network(profile, data)
     model, images = load_folded(profile, "cpu"), data.calibration
     config = [profile.choices[slot % len(profile.choices)] for slot in range(network.bank.slot_count)]
     exact, few, found = predict(model, images), min(iterations), {}

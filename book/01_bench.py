@@ -39,7 +39,6 @@ SEED: int = 0  # another number: another draw of all that is random
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from emq_lib import reconstruction
 from emq_lib.bench import engine, sampling
 from emq_lib.bench.table import Bench
 from emq_lib.core import networks, quantizers, training
@@ -52,6 +51,7 @@ from emq_lib.core.models import predict, top1
 from emq_lib.core.profiles import QUANTIZERS, profile_names
 from emq_lib.palette import PLAIN
 from emq_lib.proxies import intervals, oracles, ranking
+from emq_lib.quantization import adaround
 from emq_lib.report import (
     plot_by_bits,
     plot_histogram,
@@ -577,7 +577,7 @@ plt.show()
 # quadratic form in the rounding errors, and the second moments of the layer's inputs on the calibration images are all it needs.
 
 # %%
-show_source(reconstruction.adaround)
+show_source(adaround.adaround)
 
 # %% [markdown] slideshow={"slide_type": "-"}
 # The inputs are those of the float network. So a layer at $b$ bits still has one weight, whatever the other layers do, and the bank

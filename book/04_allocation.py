@@ -41,7 +41,7 @@ import time
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from emq_lib import allocation, approximate, quantization
+from emq_lib.allocation import approximate, exact
 from emq_lib.bench.table import Bench
 from emq_lib.core.configs import slot_names
 from emq_lib.core.costs import CostTable, average_bits_cost, gather
@@ -64,7 +64,7 @@ from emq_lib.report import (
 )
 from IPython.display import display
 
-from book.studies import bench, evolution
+from book.studies import allocation, bench, evolution
 from book.studies.bench import has_study
 from book.studies.heldout import load_heldout, load_searched, load_tables
 from book.studies.proxies import load_proxies
@@ -93,7 +93,7 @@ METHODS = [  # sums over layers, by which bits can be allocated exactly
 known = load_tables(chapter.profile)
 tables = {name: known[name] for name in METHODS}
 if chapter.rebuild:  # every proxy, and the formula of every search
-    quantization.build_quantization(
+    allocation.build_quantization(
         chapter.profile,
         load_dataset(chapter.profile),
         known | load_searched(chapter.profile),
@@ -153,7 +153,7 @@ best
 
 # %% slideshow={"slide_type": "-"} tags=["slide-code"]
 budget = {"size": small.total([[3, 3, 3]], choices)[0]}
-solved = allocation.allocate(scores[:3], {"size": small}, budget, choices)
+solved = exact.allocate(scores[:3], {"size": small}, budget, choices)
 assert np.isclose(solved.score, gather(scores[:3], [best], choices)[0])
 solved
 
@@ -164,9 +164,9 @@ solved
 # configuration that one method chooses for it.
 
 # %%
-middle = allocation.budget_for_average_bits(2.5, size, choices)
+middle = exact.budget_for_average_bits(2.5, size, choices)
 chosen = {
-    name: allocation.allocate(
+    name: exact.allocate(
         entry["table"],
         {"size": size},
         {"size": middle},
@@ -229,8 +229,8 @@ def mutants(budget):
 
 
 ways = {
-    "exact": lambda b: allocation.allocate(scores, costs, b, choices),
-    "greedy": lambda b: allocation.allocate_greedy(scores, costs, b, choices),
+    "exact": lambda b: exact.allocate(scores, costs, b, choices),
+    "greedy": lambda b: exact.allocate_greedy(scores, costs, b, choices),
     "relaxed, rounded": lambda b: approximate.allocate_rounded(
         scores, costs, b, choices
     ),
@@ -278,7 +278,7 @@ chapter.claim(
 bit_sum = tables["bit sum"]["table"]
 exactly, by_weights = (
     np.array([way(bit_sum, costs, {"size": b}, choices).score for b in budgets])
-    for way in (allocation.allocate, allocation.allocate_greedy)
+    for way in (exact.allocate, exact.allocate_greedy)
 )
 chapter.claim(
     "parameter_greedy",
@@ -293,7 +293,7 @@ chapter.claim(
 
 # %%
 prices = [
-    allocation.shadow_prices(scores, costs, {"size": b}, choices)["size"]
+    exact.shadow_prices(scores, costs, {"size": b}, choices)["size"]
     for b in budgets
 ]
 pd.Series(
@@ -307,7 +307,7 @@ pd.Series(
 
 # %%
 try:
-    allocation.allocate(
+    exact.allocate(
         scores, {"size": size}, {"size": 0.9 * size.smallest}, choices
     )
 except InfeasibleBudgetError as error:
@@ -320,9 +320,9 @@ except InfeasibleBudgetError as error:
 # is the only comparison that counts.
 
 # %%
-results = quantization.load_quantization(chapter.profile)
+results = allocation.load_quantization(chapter.profile)
 front = results[
-    results["proxy"].isin([*quantization.FRONT_METHODS, "uniform"])
+    results["proxy"].isin([*allocation.FRONT_METHODS, "uniform"])
 ].assign(KiB=results["size_bytes"] / 2**10)
 
 # %% tags=["hide-input"] slideshow={"slide_type": "slide"} mystnb={"figure": {"caption": "Measured top-1 against packed size: each method's allocations, the uniform configurations, and the bench's random configurations as grey points. A good allocation beats uniform bits at the same size; counting bits does not.", "name": "fig-04-2"}, "image": {"alt": "Lines of measured top-1 against packed size, one per method, over a grey cloud of random configurations."}}
@@ -478,12 +478,12 @@ FITNESS = {
 
 def bought(profile):
     """Return half B's accuracy of what formulas and hand-made proxies chose, a column per budget."""
-    found = quantization.load_search_choices(profile)
+    found = allocation.load_search_choices(profile)
     found["fitness"] = found["method"].map(FITNESS)
     by_seed = found.pivot(
         index=["fitness", "seed"], columns="average_bits", values="half_b"
     )
-    others = quantization.load_quantization(profile).query(
+    others = allocation.load_quantization(profile).query(
         "average_bits in @profile.budgets"
     )
     return by_seed, others.pivot_table(
@@ -574,7 +574,7 @@ chapter.claim(
 digits = chapter.study("digits-resnet8")
 matrix = load_proxies(digits)[1]["CLADO"]["table"]
 small = Bench.load(digits).cost("size")
-limit = allocation.budget_for_average_bits(2.5, small, digits.choices)
+limit = exact.budget_for_average_bits(2.5, small, digits.choices)
 
 
 def by_pairs(configs):
@@ -849,9 +849,7 @@ weight_bits = {
     )
 }
 for allowed, answer, total in ((250, (2, 3), -5), (330, (3, 3), -2)):
-    one = allocation.allocate(
-        worth_of, weight_bits, {"weights": allowed}, (2, 3)
-    )
+    one = exact.allocate(worth_of, weight_bits, {"weights": allowed}, (2, 3))
     assert (one.bits, one.score) == (answer, total)
 
 # %% tags=["hide-cell", "solution"]
@@ -867,9 +865,9 @@ prices = {
     "size": CostTable("size", "bytes", 0.0, np.array([[0.0, 10], [0.0, 20]]))
 }
 problem = gains, prices, {"size": 20.0}, (1, 2)
-assert allocation.allocate_greedy(*problem).score == 3
-assert allocation.allocate(*problem).score == 4
-assert np.isclose(allocation.shadow_prices(*problem)["size"], 0.2)
+assert exact.allocate_greedy(*problem).score == 3
+assert exact.allocate(*problem).score == 4
+assert np.isclose(exact.shadow_prices(*problem)["size"], 0.2)
 
 # %% tags=["hide-cell", "solution"]
 both = {"size": size, "BOPs": measured.cost("BOPs")}
@@ -877,10 +875,8 @@ limits = {
     name: cost.total([[3] * len(scores)], choices)[0]
     for name, cost in both.items()
 }
-one = allocation.allocate(
-    scores, {"size": size}, {"size": limits["size"]}, choices
-)
-two = allocation.allocate(scores, both, limits, choices)
+one = exact.allocate(scores, {"size": size}, {"size": limits["size"]}, choices)
+two = exact.allocate(scores, both, limits, choices)
 assert two.score <= one.score
 assert two.costs["BOPs"] <= limits["BOPs"]
 one.bits, two.bits
@@ -903,7 +899,7 @@ for _ in range(200):
     limit = (cost[:, 0].sum() + cost[:, -1].sum()) / 2
     fits = prices["size"].total(everything, choices) <= limit
     optimum = gather(table, everything[fits], choices).max()
-    greedy = allocation.allocate_greedy(
+    greedy = exact.allocate_greedy(
         table, prices, {"size": limit}, choices
     ).score
     assert greedy <= optimum + 1e-9

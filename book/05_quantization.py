@@ -44,8 +44,6 @@ import numpy as np
 import onnxruntime
 import pandas as pd
 import torch
-from emq_lib import comparison, export, quantization, runtimes
-from emq_lib.block_reconstruction import LAPTOP, PAPER
 from emq_lib.core import networks, quantizers
 from emq_lib.core.bank import build_weight_bank
 from emq_lib.core.configs import parse_bits
@@ -54,7 +52,19 @@ from emq_lib.core.errors import InvalidParameterError
 from emq_lib.core.graphs import fold_batchnorm, layer_table
 from emq_lib.core.models import build_model, load_checkpoint, predict, top1
 from emq_lib.core.profiles import profile_names
-from emq_lib.qat import QatRecipe
+from emq_lib.quantization import onnx_export, quantize
+from emq_lib.quantization.brecq import LAPTOP, PAPER
+from emq_lib.quantization.packed import (
+    header_bytes,
+    load_network,
+    load_packed,
+    pack_codes,
+    payload_bytes,
+    save_network,
+    save_packed,
+    unpack_codes,
+)
+from emq_lib.quantization.qat import QatRecipe
 from emq_lib.report import (
     plot_dots,
     plot_quantizers,
@@ -66,8 +76,9 @@ from emq_lib.report import (
 from scipy.stats import binomtest, norm
 
 from book.places import REPOSITORY
+from book.studies import allocation, quantization, runtimes
 from book.studies.bench import has_study, load_layers
-from book.studies.rows import load_network
+from book.studies.rows import build_network
 from book.studies.study import checked_path, read_facts, read_manifest
 
 chapter = start_chapter("05_quantization", PROFILE, REBUILD, SEED)
@@ -79,7 +90,7 @@ chapter = start_chapter("05_quantization", PROFILE, REBUILD, SEED)
 # %%
 if chapter.rebuild:
     images = load_dataset(chapter.profile)
-    comparison.build_comparison(
+    quantization.build_comparison(
         chapter.profile,
         images,
         quantizers=("rtn", "adaround", "brecq", "qat"),
@@ -95,7 +106,7 @@ if chapter.rebuild:
 # %% slideshow={"slide_type": "-"} tags=["slide-code"]
 codes = np.array([3, 0, 2, 1], dtype=np.uint8)
 by_hand = codes[0] + codes[1] * 4 + codes[2] * 16 + codes[3] * 64
-assert export.pack_codes(codes, 2).tolist() == [by_hand]
+assert pack_codes(codes, 2).tolist() == [by_hand]
 by_hand
 
 # %% [markdown]
@@ -103,8 +114,8 @@ by_hand
 
 # %%
 codes = np.arange(8, dtype=np.uint8)
-packed = export.pack_codes(codes, 3)
-assert np.array_equal(export.unpack_codes(packed, 3, 8), codes)
+packed = pack_codes(codes, 3)
+assert np.array_equal(unpack_codes(packed, 3, 8), codes)
 packed.nbytes
 
 # %% [markdown] slideshow={"slide_type": "slide"}
@@ -114,7 +125,7 @@ packed.nbytes
 # codes, scales, zero points and biases, nothing else.
 
 # %%
-results = quantization.load_quantization(chapter.profile)
+results = allocation.load_quantization(chapter.profile)
 row = results.query(
     "proxy == 'evolved for allocation' and average_bits == 2.5"
 ).iloc[0]
@@ -132,11 +143,11 @@ biases = {name: model.get_submodule(name).bias for name in weights}
 # %% slideshow={"slide_type": "-"}
 with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "network.safetensors"
-    export.save_packed(
+    save_packed(
         path, weights, biases, metadata={"profile": chapter.profile.name}
     )
-    on_disk, header = path.stat().st_size, export.header_bytes(path)
-    loaded, loaded_biases, *_ = export.load_packed(path)
+    on_disk, header = path.stat().st_size, header_bytes(path)
+    loaded, loaded_biases, *_ = load_packed(path)
 assert on_disk - header == row.size_bytes
 chapter.claim(
     "payload",
@@ -177,17 +188,17 @@ chapter.claim(
 # %%
 digits = chapter.study("digits-resnet8")
 data = load_dataset(digits)
-network, _ = load_network(digits, data)
+network, _ = build_network(digits, data)
 expected = predict(network.select((4, 3, 3, 2, 3, 4)), data.test)
 with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "digits.safetensors"
-    export.save_network(path, network)
-    again = export.load_network(path, build_model(digits))
+    save_network(path, network)
+    again = load_network(path, build_model(digits))
 assert torch.equal(predict(again, data.test), expected)
 top1(expected, data.test.labels)
 
 # %%
-show_source(export.save_network)
+show_source(save_network)
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## Any network, by patterns
@@ -197,7 +208,7 @@ show_source(export.save_network)
 
 # %% slideshow={"slide_type": "-"} tags=["slide-code"]
 trained = load_checkpoint(digits, checked_path(digits, "model.safetensors"))
-by_patterns = quantization.quantize_model(
+by_patterns = quantize.quantize_model(
     trained, data.calibration, bits={"layer[12].*": 4}, default=2
 )
 
@@ -206,7 +217,7 @@ by_patterns = quantization.quantize_model(
 
 # %%
 try:
-    quantization.quantize_model(
+    quantize.quantize_model(
         trained, data.calibration, bits={"layer1.*": 4, "*.conv1": 3}
     )
 except InvalidParameterError as error:
@@ -220,7 +231,7 @@ except InvalidParameterError as error:
 
 # %% slideshow={"slide_type": "-"}
 methods = {
-    method: quantization.quantize_model(
+    method: quantize.quantize_model(
         trained,
         data.calibration,
         default=2,
@@ -231,7 +242,7 @@ methods = {
         recipe=QatRecipe.like(digits.training, epochs=10),
         verbose=False,
     )
-    for method in quantization.METHODS
+    for method in quantize.METHODS
 }
 accuracy = {
     method: top1(predict(one, data.test), data.test.labels)
@@ -269,7 +280,7 @@ options.graph_optimization_level = (
 )
 with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "digits.onnx"
-    export.save_onnx(path, by_patterns, data.test[:1].inputs())
+    onnx_export.save_onnx(path, by_patterns, data.test[:1].inputs())
     session = onnxruntime.InferenceSession(
         str(path), options, providers=["CPUExecutionProvider"]
     )
@@ -399,9 +410,9 @@ plt.show()
 # (chapter 04).
 
 # %%
-compared = comparison.load_comparison(chapter.profile)
-hits = comparison.held_out_hits(chapter.profile, compared)
-means = hits.map(comparison.mean_of)
+compared = quantization.load_comparison(chapter.profile)
+hits = quantization.held_out_hits(chapter.profile, compared)
+means = hits.map(quantization.mean_of)
 exact = hits.xs("float", level="quantizer").iloc[0]
 names = {
     "rtn": "to nearest",
@@ -409,7 +420,7 @@ names = {
     "brecq": "BRECQ",
     "qat": "QAT",
 }
-order = [*comparison.COMPARED, comparison.BEST_OF_RANDOM]
+order = [*quantization.COMPARED, quantization.BEST_OF_RANDOM]
 
 
 def as_texts(found):
@@ -444,7 +455,7 @@ plot_quantizers(
 plt.show()
 
 # %%
-versus = comparison.compare_methods(
+versus = quantization.compare_methods(
     chapter.profile, compared, "evolved for allocation"
 ).set_index(["quantizer", "average_bits", "proxy"])
 
@@ -473,7 +484,7 @@ claim_difference(
 chapter.claim(
     "rtn_room",
     "No choice could gain more than {:.1f} points there: that is what uniform 3 bits lose.",
-    (mean := comparison.mean_of(exact - hits["rtn", 3.0, "uniform"])).value,
+    (mean := quantization.mean_of(exact - hits["rtn", 3.0, "uniform"])).value,
     within={"cifar10-resnet20": (2, 5)},
     interval=(mean.lo, mean.hi),
     n=mean.images,
@@ -488,7 +499,7 @@ claim_difference(
 )
 
 # %%
-lost = comparison.mean_of(exact - hits["brecq", 3.0, "uniform"])
+lost = quantization.mean_of(exact - hits["brecq", 3.0, "uniform"])
 chapter.claim(
     "brecq_lost",
     "Under BRECQ uniform 3 bits lose {:.1f} points against the float network.",
@@ -499,7 +510,7 @@ chapter.claim(
 )
 
 # %%
-tight = comparison.mean_of(
+tight = quantization.mean_of(
     exact - hits["brecq", 2.25, "evolved for allocation"]
 )
 chapter.claim(
@@ -624,9 +635,9 @@ chapter.claim(
 parts = []
 for study in profile_names():
     other = chapter.study(study)
-    if has_study(other, comparison.FILE):
-        part = comparison.compare_methods(
-            other, comparison.load_comparison(other), "evolved for allocation"
+    if has_study(other, quantization.FILE):
+        part = quantization.compare_methods(
+            other, quantization.load_comparison(other), "evolved for allocation"
         )
         parts.append(part.query("average_bits <= 3").assign(study=study))
 everywhere = pd.concat(parts, ignore_index=True)
@@ -861,17 +872,17 @@ show_table(
 
 # %% tags=["hide-cell", "solution"]
 codes = np.array([1, 15, 8], dtype=np.uint8)
-assert export.pack_codes(codes, 4).tolist() == [241, 8]
+assert pack_codes(codes, 4).tolist() == [241, 8]
 
 # %% tags=["hide-cell", "solution"]
 codes = np.array([5, 2, 7], dtype=np.uint8)
-assert export.pack_codes(codes, 3).tolist() == [213, 1]
+assert pack_codes(codes, 3).tolist() == [213, 1]
 
 # %% tags=["hide-cell", "solution"]
 bias = torch.zeros(2)
 square = quantizers.quantize(torch.eye(2), bits=2)
 assert torch.eye(2).nbytes + bias.nbytes == 24
-assert export.payload_bytes({"layer": square}, {"layer": bias}) == 19
+assert payload_bytes({"layer": square}, {"layer": bias}) == 19
 
 # %% tags=["hide-cell", "solution"]
 ways = np.array([[0, 0], [1, 0], [0, 1], [1, 1]])  # 1: rounded up

@@ -36,10 +36,11 @@ import tempfile
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from emq_lib import export
-from emq_lib.block_reconstruction import Settings
 from emq_lib.core.datasets import load_dataset
-from emq_lib.quantization import choose_bits, quantize_model
+from emq_lib.quantization import onnx_export, packed
+from emq_lib.quantization.brecq import Settings
+from emq_lib.quantization.choose import choose_bits
+from emq_lib.quantization.quantize import quantize_model
 from emq_lib.report import show_table, start_chapter
 from PIL import Image
 from scipy.stats import binomtest
@@ -187,8 +188,8 @@ chapter.claim(
 
 # %%
 path = folder / "network.safetensors"
-export.save_network(path, network)
-again = export.load_network(path, models.resnet18(num_classes=10))
+packed.save_network(path, network)
+again = packed.load_network(path, models.resnet18(num_classes=10))
 with torch.inference_mode():
     assert torch.equal(again(held_out), network(held_out))
 exact = sum(value.nbytes for value in model.state_dict().values())
@@ -206,7 +207,7 @@ chapter.claim(
 import onnxruntime
 
 onnx_path = folder / "network.onnx"
-export.save_onnx(onnx_path, network, calibration[:1], exact=True)
+onnx_export.save_onnx(onnx_path, network, calibration[:1], exact=True)
 session = onnxruntime.InferenceSession(
     str(onnx_path), providers=["CPUExecutionProvider"]
 )

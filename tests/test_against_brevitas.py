@@ -7,11 +7,11 @@ from brevitas.core.function_wrapper.learned_round import LearnedRoundHardSigmoid
 from brevitas.core.quant import IntQuant
 from torch import nn
 
-from emq_lib.block_reconstruction import learned_step
 from emq_lib.core import quantizers
 from emq_lib.core.quantizers import ActivationRange
-from emq_lib.qat import LearnedLayer
-from emq_lib.reconstruction import Rounding
+from emq_lib.quantization.adaround import Rounding
+from emq_lib.quantization.brecq import learned_step
+from emq_lib.quantization.qat import LearnedLayer
 
 
 def _peer(bits, scale, zero_point, x):

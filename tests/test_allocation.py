@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emq_lib.allocation import (
+from emq_lib.allocation.exact import (
     Allocation,
     allocate,
     allocate_greedy,

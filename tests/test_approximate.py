@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from test_allocation import CHOICES, all_configs, random_problem
 
-from emq_lib import approximate
-from emq_lib.allocation import allocate
+from emq_lib.allocation import approximate
+from emq_lib.allocation.exact import allocate
 from emq_lib.core.costs import CostTable, gather
 from emq_lib.core.errors import InfeasibleBudgetError, InvalidScoreError
 

@@ -16,9 +16,8 @@ from scipy import stats
 
 from book.places import REPOSITORY
 from book.studies import bench
-from book.studies.rows import load_folded, load_network, row_keys
+from book.studies.rows import build_network, load_folded, row_keys
 from book.studies.study import read_manifest
-from emq_lib import reconstruction
 from emq_lib.bench import engine as engine_module
 from emq_lib.bench import remote, sampling
 from emq_lib.bench.engine import MEMORY, _blocks, _CapturedEngine, measure, planned_macs
@@ -41,6 +40,7 @@ from emq_lib.core.models import load_checkpoint, predict
 from emq_lib.core.networks import QuantizedNetwork
 from emq_lib.core.profiles import get_profile, profile_names
 from emq_lib.core.quantizers import choose_activation_ranges, fake_quantize
+from emq_lib.quantization import adaround
 
 
 def test_sampled_configurations_are_distinct_valid_and_extend():
@@ -59,7 +59,7 @@ def test_more_configurations_than_there_are_is_an_error():
 
 def test_measuring_agrees_with_the_plain_loop_image_by_image(study, profile, data):
     """Quantize every layer afresh for each configuration, run one forward pass, no sharing, no bank."""
-    network, layers = load_network(profile, data)
+    network, layers = build_network(profile, data)
     configs = sampling.sample_configs(6, profile.choices, 20, rng=np.random.default_rng(2))
     measured = [item for block in measure(network, data.test, configs, batch_size=300) for item in block]
     assert {item.config for item in measured} == {tuple(map(int, config)) for config in configs}
@@ -78,7 +78,7 @@ def test_measuring_agrees_with_the_plain_loop_image_by_image(study, profile, dat
 
 
 def test_sharing_computation_changes_no_bit(study, profile, data):
-    network, _ = load_network(profile, data)
+    network, _ = build_network(profile, data)
     configs = sampling.sample_configs(6, profile.choices, 40, rng=np.random.default_rng(4))
     for block in measure(network, data.test, configs):
         for item in block[::9]:
@@ -89,7 +89,7 @@ def test_sharing_computation_changes_no_bit(study, profile, data):
 
 
 def test_less_memory_means_fewer_images_at_once_and_the_same_answers(study, profile, data, monkeypatch):
-    network, _ = load_network(profile, data)
+    network, _ = build_network(profile, data)
     config = np.array([[2, 3, 4, 4, 3, 2]])
     ((plenty,),) = measure(network, data.test, config)
     seen = []
@@ -112,7 +112,7 @@ def _same(found, expected):
 
 def test_recorded_steps_give_the_same_answers(study, profile, data, monkeypatch):
     """What a GPU does, with steps that are computed again instead of replayed."""
-    network, _ = load_network(profile, data)
+    network, _ = build_network(profile, data)
     configs = sampling.sample_configs(6, profile.choices, 40, rng=np.random.default_rng(6))
     expected = list(measure(network, data.test, configs))
     recorded = []
@@ -138,7 +138,7 @@ def test_recorded_steps_give_the_same_answers(study, profile, data, monkeypatch)
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_the_same_answers(study, profile, data):
-    network, layers = load_network(profile, data)
+    network, layers = build_network(profile, data)
     folded = load_folded(profile, "cuda")
     bank = build_weight_bank(folded, layers, profile.choices)
     there = QuantizedNetwork(folded, bank, network.activation_ranges)
@@ -148,7 +148,7 @@ def test_a_gpu_gives_the_same_answers(study, profile, data):
 
 
 def test_the_planned_work_is_what_runs(study, profile, data):
-    network, layers = load_network(profile, data)
+    network, layers = build_network(profile, data)
     configs = sampling.sample_configs(6, profile.choices, 60, rng=np.random.default_rng(5))
     macs, ran = layers.set_index("name")["macs"], []
     for name, layer in network.layers.items():
@@ -271,7 +271,7 @@ def test_configurations_with_one_bit_have_few_such_layers():
 
 
 def test_a_second_quantizer_stands_beside_the_first(own_study, profile, data, monkeypatch):
-    monkeypatch.setattr(reconstruction, "ITERATIONS", 100)
+    monkeypatch.setattr(adaround, "ITERATIONS", 100)
     few = dataclasses.replace(profile, bench_configs=30, stratified_configs=15, one_bit_configs=10)
     nearest = Bench.load(profile).table
     with pytest.raises(MissingArtefactError, match="no rows of 'adaround', only of rtn"):
@@ -392,7 +392,7 @@ def test_published_rows_are_measured_again_on_the_real_images(cifar10, monkeypat
     monkeypatch.delenv("EMQ_STUDY_ROOT", raising=False)
     profile, data = cifar10
     rows = Bench.load(profile).table.iloc[[1, 200]]
-    network, _ = load_network(profile, data)
+    network, _ = build_network(profile, data)
     (measured,) = measure(network, data.test, np.stack(rows["bits"].to_numpy()))
     correct = {item.config: int(item.correct.sum()) for item in measured}
     for row in rows.itertuples():

@@ -6,17 +6,17 @@ import pandas as pd
 import pytest
 
 from book.studies import bench, checks
-from emq_lib import reconstruction
 from emq_lib.bench import remote
 from emq_lib.bench.table import Bench
 from emq_lib.core.errors import InvalidParameterError
+from emq_lib.quantization import adaround
 
 
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(checks, "CONFIGS", 4)
     monkeypatch.setattr(checks, "IN_ORDER", 2)
-    monkeypatch.setattr(reconstruction, "ITERATIONS", 60)
+    monkeypatch.setattr(adaround, "ITERATIONS", 60)
     monkeypatch.setattr(checks, "WEIGHTS_ONLY", dataclasses.replace(checks.WEIGHTS_ONLY, iterations=100))
 
 

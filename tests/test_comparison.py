@@ -4,38 +4,38 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from book.studies import quantization
 from book.studies.checks import with_calibration
-from book.studies.rows import load_folded, load_network
+from book.studies.rows import build_network, load_folded
 from book.studies.study import read_manifest
-from emq_lib import comparison
 from emq_lib.bench.engine import measure
-from emq_lib.block_reconstruction import Settings
 from emq_lib.core.configs import bits_text, parse_bits
 from emq_lib.core.models import predict, top1
+from emq_lib.quantization.brecq import Settings
 
 SHORT = Settings(iterations=5, activation_iterations=2)
 
 
 @pytest.fixture(autouse=True)
 def _few_budgets(monkeypatch):
-    monkeypatch.setattr(comparison, "BUDGETS", (2.25, 3.0))
+    monkeypatch.setattr(quantization, "BUDGETS", (2.25, 3.0))
 
 
 def _build(profile, data, **how):
-    comparison.build_comparison(profile, data, settings=SHORT, workers=1, **how)
-    return comparison.load_comparison(profile)
+    quantization.build_comparison(profile, data, settings=SHORT, workers=1, **how)
+    return quantization.load_comparison(profile)
 
 
 def test_rows_are_what_direct_measurement_gives(choices, profile, data):
     table = _build(profile, data, seeds=2, quantizers=("rtn", "brecq"))
     drawn = with_calibration(data, 1)
-    network, _ = load_network(profile, drawn)
+    network, _ = build_network(profile, drawn)
     for row in table.query("quantizer == 'rtn' and seed == 1").itertuples():
         [[truth]] = measure(network, data.test, np.array([parse_bits(row.bits)]))
         assert np.array_equal(row.hits, truth.correct)
         assert row.top1 == pytest.approx(truth.top1)
     best = table.query("proxy == 'best of random'")
-    assert set(best["average_bits"]) == set(comparison.BUDGETS)
+    assert set(best["average_bits"]) == set(quantization.BUDGETS)
     exact = table.query("quantizer == 'float'")
     assert exact["top1"].tolist() == [top1(predict(load_folded(profile, "cpu"), data.test), data.test.labels)]
     assert exact["hits"].iloc[0].mean() == pytest.approx(exact["top1"].iloc[0] / 100)
@@ -49,9 +49,9 @@ def test_rows_are_what_direct_measurement_gives(choices, profile, data):
 
 def test_interrupted_and_resumed_gives_the_same_rows_and_more_seeds_extend_them(choices, profile, data, monkeypatch):
     whole = _build(profile, data, seeds=1, quantizers=("brecq",))
-    path = comparison.study_folder(profile) / comparison.FILE
+    path = quantization.study_folder(profile) / quantization.FILE
     path.unlink()
-    done, work = [], comparison.quantize_and_measure
+    done, work = [], quantization.quantize_and_measure
 
     def stops(*args):
         if len(done) == 3:
@@ -59,11 +59,11 @@ def test_interrupted_and_resumed_gives_the_same_rows_and_more_seeds_extend_them(
         done.append(args[-1])
         return work(*args)
 
-    monkeypatch.setattr(comparison, "quantize_and_measure", stops)
+    monkeypatch.setattr(quantization, "quantize_and_measure", stops)
     with pytest.raises(KeyboardInterrupt):
         _build(profile, data, seeds=1, quantizers=("brecq",))
     counted = []
-    monkeypatch.setattr(comparison, "quantize_and_measure", lambda *args: (counted.append(args[-1]), work(*args))[1])
+    monkeypatch.setattr(quantization, "quantize_and_measure", lambda *args: (counted.append(args[-1]), work(*args))[1])
     resumed = _build(profile, data, seeds=1, quantizers=("brecq",))
     assert not {job.configs for job in counted} & {job.configs for job in done}
     columns = ["proxy", "average_bits", "bits", "key", "top1", "loss"]
@@ -71,20 +71,20 @@ def test_interrupted_and_resumed_gives_the_same_rows_and_more_seeds_extend_them(
     assert all(np.array_equal(*pair) for pair in zip(resumed["hits"], whole["hits"], strict=True))
     counted.clear()
     extended = _build(profile, data, seeds=1, quantizers=("brecq", "qat"))
-    spent = read_manifest(profile)[comparison.FILE]["seconds"]
+    spent = read_manifest(profile)[quantization.FILE]["seconds"]
     _build(profile, data, seeds=1, quantizers=("brecq", "qat"))
-    assert read_manifest(profile)[comparison.FILE]["seconds"] > spent  # nothing was left to do; earlier time counts
+    assert read_manifest(profile)[quantization.FILE]["seconds"] > spent  # nothing was left to do; earlier time counts
     assert {job.quantizer for job in counted} == {"qat"}
     assert set(extended["quantizer"]) == {"brecq", "qat", "float"}
-    assert set(extended.query("quantizer == 'qat'")["proxy"]) == set(comparison.TRAINED_METHODS)
+    assert set(extended.query("quantizer == 'qat'")["proxy"]) == set(quantization.TRAINED_METHODS)
     assert extended.query("quantizer == 'qat'")["top1"].min() > 60
 
 
 def test_the_best_of_random_is_the_best_on_half_a(choices, profile, data):
-    drawn = comparison.choose(profile, data).query("proxy == 'best of random' and average_bits == 3.0").iloc[0]
-    network, _ = load_network(profile, data)
+    drawn = quantization.choose(profile, data).query("proxy == 'best of random' and average_bits == 3.0").iloc[0]
+    network, _ = build_network(profile, data)
     half = data.test[: len(data.test) // 2]
-    configs = np.array([parse_bits(bits) for bits in comparison.drawn_at_random(profile, 3.0)])
+    configs = np.array([parse_bits(bits) for bits in quantization.drawn_at_random(profile, 3.0)])
     found = [item for block in measure(network, half, configs) for item in block]
     assert max(item.top1 for item in found) == next(i.top1 for i in found if bits_text(i.config) == drawn["bits"])
 
@@ -94,7 +94,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     rng, covered, truth = np.random.default_rng(0), 0, 70.0
     for _ in range(400):
         ease, luck = rng.normal(0, 0.15, (1, 300)), rng.normal(0, 0.02, (3, 1))
-        found = comparison.mean_of(truth / 100 + ease + luck + rng.normal(0, 0.1, (3, 300)))
+        found = quantization.mean_of(truth / 100 + ease + luck + rng.normal(0, 0.1, (3, 300)))
         covered += found.lo <= truth <= found.hi
     assert 0.92 <= covered / 400 <= 1.0
 
@@ -111,13 +111,13 @@ def test_differences_are_taken_image_by_image_and_on_images_that_no_search_saw(p
             for name, hits in (("evolved", own), ("random", flipped), ("uniform", own))
         ]
     table = pd.DataFrame(rows)
-    found = comparison.compare_methods(profile, table, "evolved").set_index("proxy")
-    hits = comparison.held_out_hits(profile, table)["rtn", 3.0]
+    found = quantization.compare_methods(profile, table, "evolved").set_index("proxy")
+    hits = quantization.held_out_hits(profile, table)["rtn", 3.0]
     assert hits["evolved"].shape == (3, 200)
     assert found.loc["uniform", ["value", "lo", "hi", "p_value"]].tolist() == [0, 0, 0, 1]
     expected = 100 * (hits["evolved"].mean() - hits["random"].mean())
     assert found.loc["random", "value"] == pytest.approx(expected)
-    apart = comparison.mean_of(hits["evolved"]), comparison.mean_of(hits["random"])
+    apart = quantization.mean_of(hits["evolved"]), quantization.mean_of(hits["random"])
     width = found.loc["random", "hi"] - found.loc["random", "lo"]
     assert width < apart[0].hi - apart[0].lo + apart[1].hi - apart[1].lo
     assert (found["holm"] >= found["p_value"]).all()

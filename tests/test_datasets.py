@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.models import ResNet18_Weights, resnet18
 
 from book.studies import bench, checkpoints
-from book.studies.rows import load_network
+from book.studies.rows import build_network
 from emq_lib.bench.table import Bench
 from emq_lib.core import datasets, graphs, models
 from emq_lib.core.errors import DatasetMismatchError, DatasetNotFoundError
@@ -152,7 +152,7 @@ def test_a_broken_imagenet_tree_is_named(tiny_imagenet, tmp_path):
     data = datasets.load_dataset(tiny_imagenet)
     checkpoints.build_checkpoint(tiny_imagenet, data)
     with pytest.raises(DatasetMismatchError, match="2 classes, but the checkpoint .* tells 3 apart"):
-        load_network(tiny_imagenet, dataclasses.replace(data, classes=int(two)))
+        build_network(tiny_imagenet, dataclasses.replace(data, classes=int(two)))
     (root / "val" / "n04").mkdir()
     with pytest.raises(DatasetNotFoundError, match="n04"):
         datasets.load_dataset(tiny_imagenet)

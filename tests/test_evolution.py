@@ -10,7 +10,7 @@ from test_search_space import CHOICES, make_statistics
 
 from emq_lib.core.errors import CorruptArtefactError, InvalidParameterError
 from emq_lib.core.profiles import EvolutionBudget
-from emq_lib.evolution import genotypes, primitives, search, spaces
+from emq_lib.evolution import fitness, genotypes, primitives, search, spaces
 from emq_lib.evolution.evaluator import Evaluator
 from emq_lib.evolution.fitness import Journal, Judge, Problem
 from emq_lib.proxies import ranking

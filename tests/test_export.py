@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from book.studies.rows import load_network
-from emq_lib import export
+from book.studies.rows import build_network
 from emq_lib.core import models
 from emq_lib.core.bank import build_weight_bank
 from emq_lib.core.costs import size_cost
@@ -25,8 +24,18 @@ from emq_lib.core.errors import CorruptArtefactError, InvalidBitsError, InvalidP
 from emq_lib.core.graphs import fold_batchnorm, layer_table
 from emq_lib.core.models import build_model
 from emq_lib.core.quantizers import QuantizedWeight, quantize
-from emq_lib.export import header_bytes, load_packed, pack_codes, payload_bytes, save_packed, unpack_codes
-from emq_lib.quantization import quantize_model
+from emq_lib.quantization import onnx_export
+from emq_lib.quantization.packed import (
+    header_bytes,
+    load_network,
+    load_packed,
+    pack_codes,
+    payload_bytes,
+    save_network,
+    save_packed,
+    unpack_codes,
+)
+from emq_lib.quantization.quantize import quantize_model
 
 
 def small_network() -> tuple[dict[str, QuantizedWeight], dict[str, torch.Tensor | None]]:
@@ -215,13 +224,13 @@ def test_bad_networks_are_refused_and_the_old_file_stays(packed):
 
 @pytest.fixture
 def network(study, profile, data):
-    return load_network(profile, data)[0].select((4, 3, 2, 3, 4, 2))
+    return build_network(profile, data)[0].select((4, 3, 2, 3, 4, 2))
 
 
 def test_the_file_alone_gives_a_network_with_the_same_numbers(network, profile, data, tmp_path):
     path = tmp_path / "network.safetensors"
-    export.save_network(path, network, metadata={"profile": profile.name})
-    again = export.load_network(path, build_model(profile))  # of random weights
+    save_network(path, network, metadata={"profile": profile.name})
+    again = load_network(path, build_model(profile))  # of random weights
     assert torch.equal(models.predict(again, data.test), models.predict(network, data.test))
     assert load_packed(path).metadata == {"profile": profile.name}
 
@@ -244,8 +253,8 @@ def test_layers_in_floating_point_and_narrow_inputs_come_back(tmp_path):
     model = Mixed().eval()
     with pytest.warns(UserWarning, match="left in floating point: up"):
         network = quantize_model(model, images, default=2, activation_bits=4, verbose=False)
-    export.save_network(path, network)
-    again = export.load_network(path, Mixed())
+    save_network(path, network)
+    again = load_network(path, Mixed())
     with torch.inference_mode():
         assert torch.equal(again(images), network(images))
     rest = {name: value for name, value in model.state_dict().items() if name.split(".")[0] not in ("first", "head")}
@@ -257,11 +266,11 @@ def test_layers_in_floating_point_and_narrow_inputs_come_back(tmp_path):
 
 def test_a_file_of_another_network_is_refused(network, packed, profile, tmp_path):
     with pytest.raises(InvalidParameterError, match="no ranges of inputs"):
-        export.load_network(packed, build_model(profile))
+        load_network(packed, build_model(profile))
     path = tmp_path / "whole.safetensors"
-    export.save_network(path, network)
+    save_network(path, network)
     with pytest.raises(InvalidParameterError, match=r"(?s)another architecture .*up\.weight"):
-        export.load_network(path, Mixed())
+        load_network(path, Mixed())
     with pytest.raises(InvalidParameterError, match="cannot be written"):
         save_packed(path, *small_network(), rest={"half": torch.zeros(2, dtype=torch.bfloat16)})
 
@@ -275,7 +284,7 @@ def _run(path, split):
 
 def test_another_runtime_predicts_the_same_from_the_onnx_file(network, data, tmp_path):
     path = tmp_path / "network.onnx"
-    export.save_onnx(path, network, data.test[:1].inputs())
+    onnx_export.save_onnx(path, network, data.test[:1].inputs())
     mine, found = models.predict(network, data.test), _run(path, data.test)
     assert (found.argmax(dim=1) == mine.argmax(dim=1)).float().mean() >= 0.98
     assert abs(models.top1(found, data.test.labels) - models.top1(mine, data.test.labels)) < 1
@@ -284,7 +293,7 @@ def test_another_runtime_predicts_the_same_from_the_onnx_file(network, data, tmp
 
 def test_with_exact_sums_another_runtime_computes_the_same_numbers(network, data, tmp_path):
     path = tmp_path / "network.onnx"
-    export.save_onnx(path, network, data.test[:1].inputs(), exact=True)
+    onnx_export.save_onnx(path, network, data.test[:1].inputs(), exact=True)
     mine, found = models.predict(network, data.test), _run(path, data.test)
     assert torch.equal(found.argmax(dim=1), mine.argmax(dim=1))
     assert (found == mine).all(dim=1).float().mean() > 0.95
@@ -292,7 +301,7 @@ def test_with_exact_sums_another_runtime_computes_the_same_numbers(network, data
 
 def test_the_onnx_file_holds_the_codes_in_4_or_8_bits(network, data, tmp_path):
     path = tmp_path / "network.onnx"
-    export.save_onnx(path, network, data.test[:1].inputs())
+    onnx_export.save_onnx(path, network, data.test[:1].inputs())
     stored = {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
     for name, layer in network.layers.items():
         tensor = stored[f"{name}.codes"]
@@ -306,7 +315,7 @@ def test_what_onnx_cannot_hold_is_named_and_nothing_is_written(network, data, tm
     for layer in network.layers.values():
         layer.activation_range = dataclasses.replace(layer.activation_range, bits=6)
     with pytest.raises(InvalidParameterError, match="'conv1' with inputs of 6 bits"):
-        export.save_onnx(tmp_path / "network.onnx", network, data.test[:1].inputs())
+        onnx_export.save_onnx(tmp_path / "network.onnx", network, data.test[:1].inputs())
     assert not list(tmp_path.iterdir())
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from emq_lib.core.errors import InvalidBitsError, InvalidParameterError, UnsupportedModelError
-from emq_lib.planning import plan_bits
+from emq_lib.quantization.planning import plan_bits
 
 
 class Network(nn.Module):

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from book.studies.rows import load_folded, load_network
-from emq_lib import qat
+from book.studies.rows import build_network, load_folded
 from emq_lib.core import training
 from emq_lib.core.errors import CorruptArtefactError, InvalidParameterError, TrainingDivergedError
 from emq_lib.core.models import predict, top1
 from emq_lib.core.networks import QuantizedLayer
 from emq_lib.core.quantizers import ActivationRange, quantize
+from emq_lib.quantization import qat
 
 SHORT = qat.QatRecipe(epochs=2, batch_size=64, crop_padding=1, flip=False, precision="float32")
 
@@ -53,7 +53,7 @@ def test_gradients_are_those_of_lsq():
 def test_what_is_returned_is_what_was_trained(study, profile, data, distillation):
     model = load_folded(profile, "cpu")
     before = copy.deepcopy(model.state_dict())
-    network, layers = load_network(profile, data)
+    network, layers = build_network(profile, data)
     generator = torch.Generator().manual_seed(0)
     found = qat.train_quantized(
         model,
@@ -72,7 +72,7 @@ def test_what_is_returned_is_what_was_trained(study, profile, data, distillation
 
 
 def test_without_labels_the_float_network_is_enough(study, profile, data):
-    network, layers = load_network(profile, data)
+    network, layers = build_network(profile, data)
     wrong = dataclasses.replace(data.train, labels=torch.zeros_like(data.train.labels))
     found = [
         qat.train_quantized(
@@ -90,7 +90,7 @@ def test_without_labels_the_float_network_is_enough(study, profile, data):
 
 
 def test_interrupted_and_resumed_gives_the_same_network(study, profile, data, tmp_path, monkeypatch):
-    network, layers = load_network(profile, data)
+    network, layers = build_network(profile, data)
     images, resume, run, epochs = data.train[:256], tmp_path / "qat.resume", training.train_epoch, []
 
     def train(resume=None, distillation=0.5):
@@ -129,7 +129,7 @@ def test_a_share_outside_its_range_is_refused():
 
 
 def test_a_training_that_diverges_says_so(study, profile, data):
-    network, layers = load_network(profile, data)
+    network, layers = build_network(profile, data)
     with pytest.raises(TrainingDivergedError, match="max_lr below 1e"):
         qat.train_quantized(
             load_folded(profile, "cpu"),

@@ -9,19 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from book.studies import bench
+from book.studies import allocation, bench
 from book.studies.proxies import load_statistics
-from book.studies.rows import load_network
+from book.studies.rows import build_network
 from book.studies.study import checked_path
-from emq_lib import quantization
-from emq_lib.block_reconstruction import LAPTOP
 from emq_lib.core import graphs, models
 from emq_lib.core.configs import parse_bits
 from emq_lib.core.costs import size_cost
 from emq_lib.core.errors import InfeasibleBudgetError, InvalidParameterError, UnsupportedModelError
 from emq_lib.core.quantizers import fake_quantize
 from emq_lib.proxies.handmade import score_table
-from emq_lib.qat import QatRecipe
+from emq_lib.quantization import choose, quantize
+from emq_lib.quantization.brecq import LAPTOP
+from emq_lib.quantization.qat import QatRecipe
 
 
 @pytest.fixture
@@ -30,10 +30,10 @@ def model(study, profile):
 
 
 def test_to_nearest_is_what_the_bench_measures(model, data, profile):
-    network, layers = load_network(profile, data)
+    network, layers = build_network(profile, data)
     config = (4, 3, 2, 3, 4, 2)
     names = list(layers.loc[layers["searchable"], "name"])
-    found = quantization.quantize_model(
+    found = quantize.quantize_model(
         model.train(), data.calibration, bits=dict(zip(names, config, strict=True)), verbose=False
     )
     assert model.training
@@ -43,7 +43,7 @@ def test_to_nearest_is_what_the_bench_measures(model, data, profile):
 def test_chosen_bits_are_the_best_of_all_within_the_size(model, data):
     """Independent truth: divergences by plain passes through changed copies, and every configuration tried."""
     images, choices = data.calibration[:64], (2, 3, 4)
-    bits = quantization.choose_bits(model, images, average_bits=2.6, choices=choices)
+    bits = choose.choose_bits(model, images, average_bits=2.6, choices=choices)
     folded = graphs.fold_batchnorm(copy.deepcopy(model))
     wanted, kl = models.predict(folded, images).log_softmax(dim=1), np.zeros((len(bits), len(choices)))
     sizes = np.array([folded.get_submodule(name).weight.numel() for name in bits])
@@ -59,17 +59,17 @@ def test_chosen_bits_are_the_best_of_all_within_the_size(model, data):
     totals = kl[np.arange(len(bits)), fits].sum(axis=1)
     assert tuple(bits.values()) == tuple(np.array(choices)[fits[totals.argmin()]])
     assert not {"conv1", "fc"} & set(bits)
-    assert set(quantization.choose_bits(model, images, average_bits=3, ends=None)) == {"conv1", *bits, "fc"}
+    assert set(choose.choose_bits(model, images, average_bits=3, ends=None)) == {"conv1", *bits, "fc"}
     with pytest.raises(InfeasibleBudgetError, match="smallest choice is 2"):
-        quantization.choose_bits(model, images, average_bits=1.9)
+        choose.choose_bits(model, images, average_bits=1.9)
 
 
 def test_learned_rounding_changes_logits_less_than_rounding_to_nearest(model, data):
     before = copy.deepcopy(model.state_dict())
     exact = models.predict(model.eval(), data.test)
     lost = {}
-    for method in quantization.METHODS:
-        found = quantization.quantize_model(
+    for method in quantize.METHODS:
+        found = quantize.quantize_model(
             model,
             data.calibration,
             default=2,
@@ -89,7 +89,7 @@ def test_the_plan_is_printed_and_other_layers_stay_in_floating_point(capsys):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 4, 3), nn.Flatten(), nn.Linear(4 * 8 * 8, 2))
     images = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with pytest.warns(UserWarning, match="left in floating point: 1"):
-        found = quantization.quantize_model(network, images, bits={"0": 8})
+        found = quantize.quantize_model(network, images, bits={"0": 8})
     assert "left in floating point: 1 (ConvTranspose2d" in capsys.readouterr().out
     assert isinstance(found.model.get_submodule("1"), nn.ConvTranspose2d)
     exact = network.eval()(images)
@@ -110,15 +110,15 @@ def test_what_cannot_be_done_is_named(model, data):
     spoilt = images.clone()
     spoilt[3, 0, 0, 0] = torch.nan
     with pytest.raises(InvalidParameterError, match="unknown method 'gptq'"):
-        quantization.quantize_model(model, images, method="gptq")
+        quantize.quantize_model(model, images, method="gptq")
     with pytest.raises(InvalidParameterError, match="pass the images and labels"):
-        quantization.quantize_model(model, images, method="qat")
+        quantize.quantize_model(model, images, method="qat")
     with pytest.raises(InvalidParameterError, match="hold no NaN"):
-        quantization.quantize_model(model, spoilt)
+        quantize.quantize_model(model, spoilt)
     with pytest.raises(InvalidParameterError, match=r"does not take calibration images of shape \(3, 16, 16\)"):
-        quantization.quantize_model(model, images.expand(-1, 3, -1, -1))
+        quantize.quantize_model(model, images.expand(-1, 3, -1, -1))
     with pytest.raises(UnsupportedModelError, match="cannot trace"):
-        quantization.quantize_model(Branching(), torch.ones(2, 4))
+        quantize.quantize_model(Branching(), torch.ones(2, 4))
 
 
 @pytest.fixture
@@ -132,10 +132,10 @@ def test_choices_keep_their_budgets_and_name_every_method(size, profile, study):
     facts = {"variant": "x", "seconds": 1.0, "aggregation": "sum", "separable": True}
     tables = {name: facts | {"table": score_table(name, statistics)} for name in names}
     tables["CLADO"] = facts | {"table": score_table("CLADO", statistics), "separable": False}
-    chosen = quantization.choose_configurations(profile, tables, size)
+    chosen = allocation.choose_configurations(profile, tables, size)
     configs = np.array([parse_bits(text) for text in chosen["bits"]])
     assert (size.total(configs, profile.choices) <= chosen["budget_bytes"]).all()
     assert set(chosen["proxy"]) == {*names, "CLADO", "random"}
     assert set(chosen.query("proxy == 'one-layer KL'")["average_bits"]) == set(profile.budgets)
-    assert set(chosen.query("proxy == 'bit sum'")["average_bits"]) == {*profile.budgets, *quantization.FRONT}
-    assert (chosen.groupby(["proxy", "average_bits"]).size()["random"] == quantization.RANDOM_DRAWS).all()
+    assert set(chosen.query("proxy == 'bit sum'")["average_bits"]) == {*profile.budgets, *allocation.FRONT}
+    assert (chosen.groupby(["proxy", "average_bits"]).size()["random"] == allocation.RANDOM_DRAWS).all()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from book.studies.rows import load_network
+from book.studies.rows import build_network
 from emq_lib.core import networks, quantizers
 from emq_lib.core.bank import build_weight_bank
 from emq_lib.core.costs import size_cost
@@ -82,7 +82,7 @@ def test_bits_outside_one_to_eight_are_refused(bits):
 
 
 def test_selecting_from_the_bank_is_quantizing_afresh(study, profile, data):
-    network, layers = load_network(profile, data)
+    network, layers = build_network(profile, data)
     config = (2, 3, 4, 4, 3, 2)
     network.select(config)
     float_model = fold_batchnorm(load_checkpoint(profile, study / "model.safetensors"))
@@ -93,7 +93,7 @@ def test_selecting_from_the_bank_is_quantizing_afresh(study, profile, data):
 
 
 def test_bad_configurations_are_refused(study, profile, data):
-    network, _ = load_network(profile, data)
+    network, _ = build_network(profile, data)
     with pytest.raises(ConfigLengthError, match="needs 6 bit widths"):
         network.select((2, 3))
     with pytest.raises(InvalidBitsError, match="5 bits in slot 1"):

@@ -8,16 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from book.studies.rows import load_network
-from emq_lib import block_reconstruction, reconstruction
-from emq_lib.block_reconstruction import LAPTOP, WEIGHTS_ONLY
+from book.studies.rows import build_network
 from emq_lib.core.bank import build_weight_bank
 from emq_lib.core.datasets import Split
 from emq_lib.core.graphs import fold_batchnorm, layer_table
 from emq_lib.core.models import load_checkpoint, predict, top1
 from emq_lib.core.networks import QuantizedNetwork
 from emq_lib.core.quantizers import choose_activation_ranges, quantize
-from emq_lib.reconstruction import adaround, build_adaround_bank, output_error, second_moments
+from emq_lib.quantization import adaround as adaround_module
+from emq_lib.quantization import brecq
+from emq_lib.quantization.adaround import adaround, build_adaround_bank, output_error, second_moments
+from emq_lib.quantization.brecq import LAPTOP, WEIGHTS_ONLY
 
 
 def _images(channels, count=6):
@@ -90,10 +91,10 @@ def test_uncorrelated_inputs_leave_nothing_to_gain():
 
 
 def test_the_bank_lifts_low_bits(own_study, profile, data, monkeypatch):
-    monkeypatch.setattr(reconstruction, "ITERATIONS", 200)
+    monkeypatch.setattr(adaround_module, "ITERATIONS", 200)
     accuracy = {}
     for quantizer in ("rtn", "adaround"):
-        network, _ = load_network(dataclasses.replace(profile, quantizer=quantizer), data)
+        network, _ = build_network(dataclasses.replace(profile, quantizer=quantizer), data)
         accuracy[quantizer] = top1(predict(network.select((2,) * 6), data.test), data.test.labels)
     assert accuracy["adaround"] > accuracy["rtn"] + 5
 
@@ -106,7 +107,7 @@ def test_block_after_block_beats_the_bank_on_blocks_and_leaves_the_network_alone
 
     def found(seed):
         generator = torch.Generator().manual_seed(seed)
-        return block_reconstruction.reconstruct_in_order(
+        return brecq.reconstruct_in_order(
             model, layers, (2,) * 6, data.calibration, ranges, generator=generator, settings=WEIGHTS_ONLY
         )
 
@@ -133,7 +134,7 @@ def test_learned_steps_of_activations_change_logits_less_than_the_ranges_seen(st
     exact, lost, steps = predict(model, images), {}, {}
     for settings in (WEIGHTS_ONLY, LAPTOP):
         generator = torch.Generator().manual_seed(0)
-        network = block_reconstruction.reconstruct_in_order(
+        network = brecq.reconstruct_in_order(
             model, layers, (4,) * 6, images, ranges, generator=generator, settings=settings
         )
         lost[settings] = (predict(network, images) - exact).square().mean().item()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from emq_lib import runtimes
+from book.studies import runtimes
 from emq_lib.core.errors import MissingArtefactError
 
 

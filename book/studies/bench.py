@@ -24,7 +24,7 @@ from emq_lib.core.errors import MissingArtefactError
 from emq_lib.core.files import atomic_path
 from emq_lib.core.profiles import QUANTIZERS, Profile
 
-from book.studies.rows import PARTIAL, load_network, measure_resumably
+from book.studies.rows import PARTIAL, build_network, measure_resumably
 from book.studies.study import (
     checked_path,
     read_manifest,
@@ -113,7 +113,7 @@ def build_bench(
     with sole_writer(profile):
         started = time.perf_counter()
         choices = widths(profile)
-        network, layers = load_network(
+        network, layers = build_network(
             dataclasses.replace(profile, choices=choices), data
         )
         preparation = time.perf_counter() - started

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 from emq_lib.bench.engine import measure
 from emq_lib.bench.table import Bench
-from emq_lib.block_reconstruction import WEIGHTS_ONLY, reconstruct_in_order
 from emq_lib.core.configs import bits_text
 from emq_lib.core.datasets import ImageData
 from emq_lib.core.errors import InvalidParameterError
@@ -21,13 +20,14 @@ from emq_lib.core.files import atomic_path
 from emq_lib.core.graphs import layer_table
 from emq_lib.core.profiles import QUANTIZERS, Profile
 from emq_lib.core.quantizers import choose_activation_ranges
+from emq_lib.quantization.brecq import WEIGHTS_ONLY, reconstruct_in_order
 from tqdm.auto import tqdm
 
 from book.studies.rows import (
     PARTIAL,
     PartialRows,
+    build_network,
     load_folded,
-    load_network,
     measure_resumably,
     row_keys,
     row_of,
@@ -53,7 +53,7 @@ def build_checks(profile: Profile, data: ImageData) -> None:
 
     The first 50 under each quantizer, with three draws of the calibration images: draw 0 is the bench's own, the others
     are disjoint from it and from each other. The first 20 also reconstructed block after block (quantizer "in order",
-    see :mod:`emq_lib.block_reconstruction`). Can be interrupted and called again.
+    see :mod:`emq_lib.quantization.brecq`). Can be interrupted and called again.
 
     Args:
         profile: the study; its bench must exist.
@@ -76,7 +76,7 @@ def build_checks(profile: Profile, data: ImageData) -> None:
                 dataclasses.replace(profile, quantizer=quantizer),
                 with_calibration(data, draw),
             )
-            network, _ = load_network(variant, drawn)
+            network, _ = build_network(variant, drawn)
             rows, _ = measure_resumably(
                 variant,
                 network,

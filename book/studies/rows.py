@@ -13,7 +13,6 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 import torch
-from emq_lib import reconstruction
 from emq_lib.bench.engine import Measurement
 from emq_lib.bench.remote import measure_anywhere
 from emq_lib.core import networks, quantizers
@@ -26,6 +25,7 @@ from emq_lib.core.models import load_checkpoint
 from emq_lib.core.networks import QuantizedNetwork
 from emq_lib.core.profiles import Profile
 from emq_lib.core.sources import source_hash
+from emq_lib.quantization import adaround
 from tqdm.auto import tqdm
 
 from book.studies.study import checked_path, study_folder
@@ -42,7 +42,7 @@ def load_folded(
     ).to(device)
 
 
-def load_network(
+def build_network(
     profile: Profile, data: ImageData
 ) -> tuple[QuantizedNetwork, pd.DataFrame]:
     """Return the study's quantized network and its layer table, from the checkpoint in the study's folder.
@@ -59,7 +59,7 @@ def load_network(
             f"{layers['channels'].iloc[-1]} apart. Check the class folders."
         )
     if profile.quantizer == "adaround":
-        bank = reconstruction.build_adaround_bank(
+        bank = adaround.build_adaround_bank(
             model, layers, profile.choices, data.calibration
         )
     else:
@@ -195,7 +195,7 @@ def code_version(quantizer: str) -> str:
     ]
     decisive += [quantizers.ActivationRange, networks.QuantizedLayer.forward]
     return source_hash(
-        *decisive, *([reconstruction] if quantizer == "adaround" else [])
+        *decisive, *([adaround] if quantizer == "adaround" else [])
     )
 
 

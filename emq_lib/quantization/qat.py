@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from emq_lib.block_reconstruction import learned_step
 from emq_lib.core.bank import build_weight_bank
 from emq_lib.core.datasets import Split
 from emq_lib.core.errors import InvalidParameterError, TrainingDivergedError
@@ -27,6 +26,7 @@ from emq_lib.core.networks import QuantizedNetwork
 from emq_lib.core.profiles import TrainingRecipe
 from emq_lib.core.quantizers import ActivationRange, QuantizedWeight
 from emq_lib.core.training import label_loss, run_epochs, train_epoch
+from emq_lib.quantization.brecq import learned_step
 
 STEP_RATE = 10.0  # learning rate of the logarithms of steps, in that of the weights
 TEMPERATURE = 2.0  # of the softmax whose outputs are distilled

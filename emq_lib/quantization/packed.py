@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import io
 import json
 import math
 import pathlib
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,16 +27,12 @@ from emq_lib.core.costs import BIAS_BYTES, SCALE_BYTES, ZERO_POINT_BYTES, weight
 from emq_lib.core.errors import CorruptArtefactError, InvalidBitsError, InvalidParameterError, MissingArtefactError
 from emq_lib.core.files import atomic_path, to_json
 from emq_lib.core.graphs import fold_batchnorm
-from emq_lib.core.networks import QuantizedLayer, QuantizedNetwork
+from emq_lib.core.networks import QuantizedNetwork
 from emq_lib.core.quantizers import ActivationRange, QuantizedWeight
-
-if TYPE_CHECKING:
-    from onnx import GraphProto, NodeProto
 
 FORMAT_VERSION = 2
 _LENGTH_BYTES = 8  # a safetensors file starts with the length of its header as a 64-bit integer
 _KEY = "emq-packed"
-ONNX_OPSET = 21  # the first with 4-bit integers
 
 
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -147,7 +141,9 @@ def load_network(path: pathlib.Path | str, model: torch.nn.Module) -> QuantizedN
     """
     packed = load_packed(path)
     if set(packed.inputs) != set(packed.weights):
-        raise InvalidParameterError(f"{path} has no ranges of inputs. Write it with emq_lib.export.save_network.")
+        raise InvalidParameterError(
+            f"{path} has no ranges of inputs. Write it with emq_lib.quantization.packed.save_network."
+        )
     state = packed.rest | {f"{name}.weight": weight.dequantize() for name, weight in packed.weights.items()}
     state |= {f"{name}.bias": bias for name, bias in packed.biases.items() if bias is not None}
     folded = fold_batchnorm(copy.deepcopy(model).cpu())
@@ -232,7 +228,7 @@ def load_packed(path: pathlib.Path | str) -> Packed:
         CorruptArtefactError: truncated, altered, not a packed network, or of a later format.
     """
     path = pathlib.Path(path)
-    remedy = "Restore the file, or pack the network again with emq_lib.export.save_packed."
+    remedy = "Restore the file, or pack the network again with emq_lib.quantization.packed.save_packed."
     signed, payload = _read(path, remedy)
     if signed.get("format_version") != FORMAT_VERSION:
         raise CorruptArtefactError(
@@ -261,110 +257,6 @@ def load_packed(path: pathlib.Path | str) -> Packed:
     return Packed(weights, biases, inputs, rest, description["metadata"])
 
 
-def save_onnx(
-    path: pathlib.Path | str,
-    network: QuantizedNetwork | torch.fx.GraphModule,
-    example: torch.Tensor,
-    *,
-    exact: bool = False,
-) -> None:
-    """Write the selected configuration as ONNX with QuantizeLinear and DequantizeLinear nodes (QDQ).
-
-    Weights of up to 4 bits are stored as 4-bit integers, also those of 2 and 3 bits, for ONNX has none smaller; weights
-    of 5 to 8 bits as 8-bit integers. Each quantized layer's input is rounded to 8 or 4 bits in front of it.
-
-    Args:
-        path: the file; it stays as it was if anything fails.
-        network: a quantized network; layers that it leaves in floating point stay so. Or a float network.
-        example: an input of one image, shape (1, C, H, W); the file takes any number of images.
-        exact: restore integers, and multiply by the scales after each product, as the quantized network does: then sums
-            are exact in whatever order a runtime adds, and its predictions are the same. Otherwise scales stand in the
-            QDQ nodes, where runtimes look for them to choose integer kernels.
-
-    Raises:
-        InvalidParameterError: inputs of other than 8 or 4 bits, or a layer that the exporter rewrites, e.g. a linear
-            layer on sequences.
-    """
-    import onnx
-    from onnx import version_converter
-
-    quantized = isinstance(network, QuantizedNetwork)
-    plain, layers = (network.dequantized(), network.layers) if quantized else (network, {})
-    buffer = io.BytesIO()
-    axes = {"images": {0: "N"}, "logits": {0: "N"}}
-    names = {"input_names": ["images"], "output_names": ["logits"], "dynamic_axes": axes}
-    with warnings.catch_warnings(action="ignore"):  # this exporter is to give way to one that needs more packages
-        torch.onnx.export(plain, (example,), buffer, dynamo=False, opset_version=17, **names)
-    model = version_converter.convert_version(onnx.load_from_string(buffer.getvalue()), ONNX_OPSET)
-    readers = {node.input[1]: node for node in model.graph.node if node.op_type in ("Conv", "Gemm")}
-    for name, layer in layers.items():
-        reader, bits = readers.get(f"{name}.weight"), layer.activation_range.bits
-        if reader is None or bits not in (4, 8):
-            raise InvalidParameterError(
-                f"Layer {name!r} with inputs of {bits} bits cannot be written as ONNX: it has to be a convolution "
-                "or a linear layer on vectors, with inputs of 4 or 8 bits."
-            )
-        _quantize_node(model.graph, reader, name, layer, exact=exact)
-    onnx.checker.check_model(model)
-    with atomic_path(pathlib.Path(path)) as temporary:
-        temporary.write_bytes(model.SerializeToString())
-
-
-def _quantize_node(graph: GraphProto, reader: NodeProto, name: str, layer: QuantizedLayer, *, exact: bool) -> None:
-    """Put the roundings in front of one layer's node, and its scales behind it if sums are to be exact."""
-    from onnx import helper, numpy_helper
-
-    weight, seen = layer.weight, layer.activation_range
-    scale, stored = weight.scale.detach().cpu().numpy(), 4 if weight.bits <= 4 else 8
-    parts = {
-        "codes": _onnx_integers(weight.codes, stored),
-        "zero": _onnx_integers(weight.zero_point, stored),
-        "scale": np.ones_like(scale) if exact else scale,
-        "input_scale": np.float32(1.0 if exact else seen.scale),
-        "input_zero": _onnx_integers(torch.tensor(seen.zero_point), seen.bits),
-    }
-    (before, _, *_), (after,) = reader.input, reader.output
-    if exact:
-        parts["input_factor"] = np.float32(1 / seen.scale)
-        parts["factor"], parts["bias"] = layer.factor().cpu().numpy(), layer.bias.cpu().numpy()
-    places = {part: f"{name}.{part}" for part in parts}
-    for old in [tensor for tensor in graph.initializer if tensor.name in {f"{name}.weight", *reader.input[2:]}]:
-        if exact or old.name == f"{name}.weight":
-            graph.initializer.remove(old)
-    graph.initializer.extend(numpy_helper.from_array(value, places[part]) for part, value in parts.items())
-
-    def make(kind: str, inputs: list[str], output: str, **attributes: int) -> NodeProto:
-        return helper.make_node(kind, [places.get(text, text) for text in inputs], [output], **attributes)
-
-    codes, restored = f"{name}.input_codes", f"{name}.input"
-    scaled = f"{name}.input_scaled" if exact else before
-    front = [make("Mul", [before, "input_factor"], scaled)] if exact else []
-    front += [
-        make("QuantizeLinear", [scaled, "input_scale", "input_zero"], codes),
-        make("DequantizeLinear", [codes, "input_scale", "input_zero"], restored),
-        make("DequantizeLinear", ["codes", "scale", "zero"], f"{name}.weight", axis=0),
-    ]
-    back = []
-    if exact:
-        total, product = f"{name}.total", f"{name}.product"
-        back = [make("Mul", [total, "factor"], product), make("Add", [product, "bias"], after)]
-        del reader.input[2:]
-        reader.output[0] = total
-    reader.input[0] = restored
-    at = list(graph.node).index(reader)
-    for offset, node in enumerate(front):
-        graph.node.insert(at + offset, node)
-    for offset, node in enumerate(back):
-        graph.node.insert(at + len(front) + 1 + offset, node)
-
-
-def _onnx_integers(values: torch.Tensor, bits: int) -> np.ndarray:
-    """Return unsigned integers of 4 or 8 bits."""
-    import ml_dtypes
-
-    return values.detach().cpu().numpy().astype(np.uint8).astype(ml_dtypes.uint4 if bits == 4 else np.uint8)
-
-
 def header_bytes(path: pathlib.Path | str) -> int:
     """Return the bytes of a packed file that come before its payload: names, shapes, widths, metadata and the hash.
 
@@ -374,7 +266,7 @@ def header_bytes(path: pathlib.Path | str) -> int:
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise MissingArtefactError(f"{path} does not exist. Make it with emq_lib.export.save_packed.")
+        raise MissingArtefactError(f"{path} does not exist. Make it with emq_lib.quantization.packed.save_packed.")
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little") + _LENGTH_BYTES
     if path.stat().st_size < max(length, _LENGTH_BYTES + 1):

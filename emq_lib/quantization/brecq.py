@@ -23,7 +23,7 @@ from emq_lib.core.datasets import Split
 from emq_lib.core.graphs import pre_hooks, segments
 from emq_lib.core.networks import QuantizedNetwork
 from emq_lib.core.quantizers import ActivationRange
-from emq_lib.reconstruction import Rounding, learn_rounding
+from emq_lib.quantization.adaround import Rounding, learn_rounding
 
 
 @dataclasses.dataclass(frozen=True)

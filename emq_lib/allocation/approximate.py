@@ -10,14 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from emq_lib.allocation import Allocation, relaxation
+from emq_lib.allocation.exact import Allocation, relaxation
 from emq_lib.core.costs import CostTable, choice_indices, gather
 from emq_lib.core.errors import InfeasibleBudgetError, InvalidScoreError
 
 POOL, STARTS = 2_000, 10
 MUTANTS, MUTATED, RELEASED = 50_000, (1, 2, 3), (0.1, 0.3, 0.6)  # of the released code; the last for three choices
 ROUNDED = 12  # fractional widths that are rounded in every combination
-
 Score = Callable[[np.ndarray], np.ndarray]
 
 

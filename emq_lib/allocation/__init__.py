@@ -1,0 +1,1 @@
+"""Allocation: exact, approximate, and as published code does it."""

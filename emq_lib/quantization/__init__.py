@@ -1,0 +1,1 @@
+"""Quantization: choosing bits, quantizing any network, learned rounding, packed files, ONNX."""
