@@ -30,19 +30,19 @@ $(READY): requirements.lock pyproject.toml
 	@touch $@
 
 book: $(READY)  ## execute the chapters and build the pages: make book [PROFILE=...] [REBUILD=1] [SEED=...]
-	$(BIN)/python -m emq_lib.publishing book --profile $(PROFILE) --seed $(SEED) $(if $(REBUILD),--rebuild)
+	$(BIN)/python -m book.making.publishing book --profile $(PROFILE) --seed $(SEED) $(if $(REBUILD),--rebuild)
 
 pages: $(READY)  ## build the pages from the outputs that book/*.ipynb have, without executing anything
-	$(BIN)/python -m emq_lib.publishing pages
+	$(BIN)/python -m book.making.publishing pages
 
 notebooks: $(READY)  ## execute the chapters and refresh the outputs of book/*.ipynb
-	$(BIN)/python -m emq_lib.publishing notebooks --profile $(PROFILE)
+	$(BIN)/python -m book.making.publishing notebooks --profile $(PROFILE)
 
 slides: $(READY)  ## execute the chapters and make slides of their marked cells: make slides [PROFILE=...] [REBUILD=1]
-	$(BIN)/python -m emq_lib.publishing slides --profile $(PROFILE) $(if $(REBUILD),--rebuild)
+	$(BIN)/python -m book.making.publishing slides --profile $(PROFILE) $(if $(REBUILD),--rebuild)
 
 student: $(READY)  ## copy the notebooks without outputs and solutions into _build/student
-	$(BIN)/python -m emq_lib.publishing student
+	$(BIN)/python -m book.making.publishing student
 
 lint: $(READY)
 	$(BIN)/ruff check emq_lib tests benchmarks book/*.py

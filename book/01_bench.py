@@ -49,21 +49,20 @@ from emq_lib.core.datasets import load_dataset
 from emq_lib.core.graphs import fold_batchnorm, layer_table
 from emq_lib.core.models import predict, top1
 from emq_lib.core.profiles import QUANTIZERS, profile_names
-from emq_lib.palette import PLAIN
 from emq_lib.proxies import intervals, oracles, ranking
 from emq_lib.quantization import adaround
-from emq_lib.report import (
+from scipy import stats
+
+from book.making.chapter import start_chapter
+from book.making.palette import PLAIN
+from book.making.plots import (
     plot_by_bits,
     plot_histogram,
     plot_interactions,
     plot_samples,
     plot_scatter,
-    show_source,
-    show_table,
-    start_chapter,
 )
-from scipy import stats
-
+from book.making.tables import show_source, show_table
 from book.studies import bench, checkpoints, checks
 from book.studies.study import read_facts, read_manifest
 

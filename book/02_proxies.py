@@ -52,7 +52,6 @@ from emq_lib.core.graphs import fold_batchnorm
 from emq_lib.core.models import load_checkpoint
 from emq_lib.core.profiles import QUANTIZERS, profile_names
 from emq_lib.core.quantizers import fake_quantize
-from emq_lib.palette import COLOURS, PLAIN
 from emq_lib.proxies import (
     curvature,
     handmade,
@@ -61,18 +60,17 @@ from emq_lib.proxies import (
     ranking,
 )
 from emq_lib.proxies.scores import score
-from emq_lib.report import (
+
+from book.making.chapter import start_chapter
+from book.making.palette import COLOURS, PLAIN
+from book.making.plots import (
     plot_forest,
     plot_forests,
     plot_quality,
     plot_scatter,
     plot_sensitivity,
-    show_source,
-    show_table,
-    start_chapter,
-    with_interval,
 )
-
+from book.making.tables import show_source, show_table, with_interval
 from book.places import REPOSITORY
 from book.studies import proxies
 from book.studies.bench import has_study

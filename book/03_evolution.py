@@ -48,25 +48,27 @@ from emq_lib.core.profiles import profile_names
 from emq_lib.evolution import fitness, genotypes, kernels, search, spaces
 from emq_lib.evolution.evaluator import Evaluator, element_programs
 from emq_lib.evolution.primitives import BINARIES, INPUTS, STRUCTURES, UNARIES
-from emq_lib.palette import COLOURS
 from emq_lib.proxies import intervals, oracles, ranking
 from emq_lib.proxies.handmade import score_table
 from emq_lib.proxies.scores import score
-from emq_lib.report import (
-    difference_of_means,
-    mean_with_interval,
+from IPython.display import Math, display
+from scipy import stats
+
+from book.making.chapter import start_chapter
+from book.making.palette import COLOURS
+from book.making.plots import (
     plot_curves,
     plot_forest,
     plot_genotype,
     plot_scatter,
+)
+from book.making.tables import (
+    difference_of_means,
+    mean_with_interval,
     show_source,
     show_table,
-    start_chapter,
     with_interval,
 )
-from IPython.display import Math, display
-from scipy import stats
-
 from book.places import REPOSITORY
 from book.studies import evolution
 from book.studies.bench import has_study

@@ -50,20 +50,22 @@ from emq_lib.core.errors import InfeasibleBudgetError
 from emq_lib.core.profiles import profile_names
 from emq_lib.proxies.intervals import sampling_interval
 from emq_lib.proxies.scores import score
-from emq_lib.report import (
-    difference_of_means,
-    mean_with_interval,
+from IPython.display import display
+
+from book.making.chapter import start_chapter
+from book.making.plots import (
     plot_forest,
     plot_front,
     plot_heatmap,
     plot_scatter,
+)
+from book.making.tables import (
+    difference_of_means,
+    mean_with_interval,
     show_source,
     show_table,
-    start_chapter,
     with_interval,
 )
-from IPython.display import display
-
 from book.studies import allocation, bench, evolution
 from book.studies.bench import has_study
 from book.studies.heldout import load_heldout, load_searched, load_tables

@@ -65,16 +65,11 @@ from emq_lib.quantization.packed import (
     unpack_codes,
 )
 from emq_lib.quantization.qat import QatRecipe
-from emq_lib.report import (
-    plot_dots,
-    plot_quantizers,
-    show_source,
-    show_table,
-    start_chapter,
-    with_interval,
-)
 from scipy.stats import binomtest, norm
 
+from book.making.chapter import start_chapter
+from book.making.plots import plot_dots, plot_quantizers
+from book.making.tables import show_source, show_table, with_interval
 from book.places import REPOSITORY
 from book.studies import allocation, quantization, runtimes
 from book.studies.bench import has_study, load_layers

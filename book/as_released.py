@@ -45,15 +45,11 @@ from emq_lib.bench.table import Bench
 from emq_lib.core.datasets import load_dataset
 from emq_lib.proxies import handmade, intervals, ranking, released
 from emq_lib.proxies.scores import score
-from emq_lib.report import (
-    plot_forest,
-    show_source,
-    show_table,
-    start_chapter,
-    with_interval,
-)
 from IPython.display import display
 
+from book.making.chapter import start_chapter
+from book.making.plots import plot_forest
+from book.making.tables import show_source, show_table, with_interval
 from book.studies import proxies
 from book.studies.heldout import load_heldout
 from book.studies.proxies import load_statistics

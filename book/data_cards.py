@@ -42,10 +42,11 @@ REBUILD: bool = False  # nothing to compute here
 SEED: int = 0  # another number: another draw of all that is random
 
 # %% tags=["hide-input"]
-from emq_lib.cards import describe
 from emq_lib.core.profiles import profile_names
-from emq_lib.report import show_table, start_chapter
 
+from book.making.cards import describe
+from book.making.chapter import start_chapter
+from book.making.tables import show_table
 from book.studies.bench import has_study
 from book.studies.study import read_manifest
 

@@ -44,15 +44,11 @@ from emq_lib.bench.sampling import sample_configs
 from emq_lib.core.graphs import fold_batchnorm, layer_table
 from emq_lib.core.models import build_model
 from emq_lib.core.profiles import Profile
-from emq_lib.report import (
-    plot_growth,
-    plot_sizes,
-    show_source,
-    show_table,
-    start_chapter,
-)
 from torch.fx import GraphModule
 
+from book.making.chapter import start_chapter
+from book.making.plots import plot_growth, plot_sizes
+from book.making.tables import show_source, show_table
 from book.places import REPOSITORY
 
 chapter = start_chapter("larger_benches", PROFILE, REBUILD, SEED)

@@ -26,7 +26,9 @@ SEED: int = 0  # another number: another draw of all that is random
 
 # %% tags=["hide-input"]
 import pandas as pd
-from emq_lib.report import read_ledger, show_table, start_chapter
+
+from book.making.chapter import read_ledger, start_chapter
+from book.making.tables import show_table
 
 chapter = start_chapter("ledger", PROFILE, REBUILD, SEED)
 

@@ -30,13 +30,9 @@ SEED: int = 0  # another number: another draw of all that is random
 
 # %% tags=["hide-input"]
 from emq_lib.core.profiles import profile_names
-from emq_lib.report import (
-    read_costs,
-    read_rebuild_costs,
-    show_table,
-    start_chapter,
-)
 
+from book.making.chapter import read_costs, read_rebuild_costs, start_chapter
+from book.making.tables import show_table
 from book.places import repository_address
 
 chapter = start_chapter("rerun", PROFILE, REBUILD, SEED)

@@ -41,11 +41,13 @@ from emq_lib.quantization import onnx_export, packed
 from emq_lib.quantization.brecq import Settings
 from emq_lib.quantization.choose import choose_bits
 from emq_lib.quantization.quantize import quantize_model
-from emq_lib.report import show_table, start_chapter
 from PIL import Image
 from scipy.stats import binomtest
 from torchvision import models, transforms
 from torchvision.datasets import ImageFolder
+
+from book.making.chapter import start_chapter
+from book.making.tables import show_table
 
 chapter = start_chapter("your_network", PROFILE, REBUILD, SEED)
 torch.manual_seed(SEED)

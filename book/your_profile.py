@@ -41,9 +41,10 @@ from emq_lib.core.errors import UnsupportedModelError
 from emq_lib.core.graphs import layer_table
 from emq_lib.core.models import build_model, register_model
 from emq_lib.core.profiles import Profile, TrainingRecipe, register
-from emq_lib.report import show_table, start_chapter
 from torch import nn
 
+from book.making.chapter import start_chapter
+from book.making.tables import show_table
 from book.studies import bench, checkpoints
 from book.studies.study import read_facts
 

@@ -11,11 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 from emq_lib.allocation.approximate import allocate_locally, random_within
-from emq_lib.allocation.exact import (
-    Allocation,
-    allocate,
-    budget_for_average_bits,
-)
+from emq_lib.allocation.exact import Allocation, allocate, budget_for_average_bits
 from emq_lib.bench.table import Bench
 from emq_lib.core.configs import bits_text
 from emq_lib.core.costs import CostTable, bops_cost, size_cost
@@ -30,20 +26,11 @@ from book.studies.rows import PARTIAL, build_network, measure_resumably
 from book.studies.study import checked_path, record, sole_writer, study_folder
 
 FRONT = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75)
-FRONT_METHODS = (
-    "bit sum",
-    "HAWQ-V2",
-    "sqrt one-layer KL",
-    "evolved",
-    "evolved for rho",
-    "evolved for allocation",
-)
+FRONT_METHODS = ("bit sum", "HAWQ-V2", "sqrt one-layer KL", "evolved", "evolved for rho", "evolved for allocation")
 RANDOM_DRAWS = 5
 
 
-def choose_configurations(
-    profile: Profile, tables: Mapping[str, Mapping], size: CostTable
-) -> pd.DataFrame:
+def choose_configurations(profile: Profile, tables: Mapping[str, Mapping], size: CostTable) -> pd.DataFrame:
     """Allocate bits at every budget by every method's scores, and draw random configurations of the same sizes.
 
     Sums over slots are allocated exactly, other scores by local search.
@@ -64,13 +51,7 @@ def choose_configurations(
             if average not in profile.budgets and name not in FRONT_METHODS:
                 continue
             started = time.perf_counter()
-            best = _allocate(
-                entry,
-                size,
-                budget,
-                profile,
-                rng=profile.rng(f"{name} at {average}"),
-            )
+            best = _allocate(entry, size, budget, profile, rng=profile.rng(f"{name} at {average}"))
             seconds = entry["seconds"] + time.perf_counter() - started
             row = {
                 "proxy": name,
@@ -82,55 +63,27 @@ def choose_configurations(
             rows.append(shared | row)
         rng = profile.rng(f"random at {average}")
         for seed in range(RANDOM_DRAWS):
-            drawn = bits_text(
-                random_within(size, budget, profile.choices, rng=rng)
-            )
-            rows.append(
-                shared
-                | {
-                    "proxy": "random",
-                    "variant": "trivial",
-                    "seed": seed,
-                    "bits": drawn,
-                    "seconds": 0.0,
-                }
-            )
+            drawn = bits_text(random_within(size, budget, profile.choices, rng=rng))
+            rows.append(shared | {"proxy": "random", "variant": "trivial", "seed": seed, "bits": drawn, "seconds": 0.0})
     return pd.DataFrame(rows)
 
 
 def _allocate(
-    entry: Mapping,
-    size: CostTable,
-    budget: float,
-    profile: Profile,
-    *,
-    rng: np.random.Generator,
+    entry: Mapping, size: CostTable, budget: float, profile: Profile, *, rng: np.random.Generator
 ) -> Allocation:
     """Allocate by one method's scores within a size."""
     costs, budgets, choices = {"size": size}, {"size": budget}, profile.choices
     if entry["separable"]:
-        found = allocate(
-            entry["table"], costs, budgets, choices, time_limit=PATIENCE
-        )
-        return (
-            found
-            if found.optimal
-            else allocate(
-                entry["table"], costs, budgets, choices, tolerance=TOLERANCE
-            )
-        )
+        found = allocate(entry["table"], costs, budgets, choices, time_limit=PATIENCE)
+        return found if found.optimal else allocate(entry["table"], costs, budgets, choices, tolerance=TOLERANCE)
 
     def scored(configs: np.ndarray) -> np.ndarray:
-        return score(
-            entry["table"], configs, choices, aggregation=entry["aggregation"]
-        )
+        return score(entry["table"], configs, choices, aggregation=entry["aggregation"])
 
     return allocate_locally(scored, costs, budgets, choices, rng=rng)
 
 
-def build_quantization(
-    profile: Profile, data: ImageData, tables: Mapping[str, Mapping]
-) -> None:
+def build_quantization(profile: Profile, data: ImageData, tables: Mapping[str, Mapping]) -> None:
     """Choose configurations, measure each on the test images of the bench, and write ``quantization.csv``.
 
     Can be interrupted and called again: see :func:`book.studies.rows.measure_resumably`.
@@ -143,9 +96,7 @@ def build_quantization(
     with sole_writer(profile):
         network, layers = build_network(profile, data)
         size = size_cost(layers, profile.choices)
-        bit_operations = bops_cost(
-            layers, profile.choices, activation_bits=profile.activation_bits
-        )
+        bit_operations = bops_cost(layers, profile.choices, activation_bits=profile.activation_bits)
         uniform = Bench.load(profile).select("uniform").table
         chosen = choose_configurations(profile, tables, size)
         flat = [
@@ -162,36 +113,20 @@ def build_quantization(
         ]
         chosen = pd.concat([pd.DataFrame(flat), chosen], ignore_index=True)
         distinct = chosen["bits"].drop_duplicates()
-        configs = np.array(
-            [[int(bits) for bits in text] for text in distinct], dtype=np.int8
-        )
-        measured, seconds = measure_resumably(
-            profile, network, data, configs, images=profile.bench_images
-        )
+        configs = np.array([[int(bits) for bits in text] for text in distinct], dtype=np.int8)
+        measured, seconds = measure_resumably(profile, network, data, configs, images=profile.bench_images)
         measured = measured.drop(columns="key").assign(
             bits=distinct.to_numpy(),
             size_bytes=size.total(configs, profile.choices).astype(np.int64),
-            bops=bit_operations.total(configs, profile.choices).astype(
-                np.int64
-            ),
+            bops=bit_operations.total(configs, profile.choices).astype(np.int64),
             activation_bits=profile.activation_bits,
             quantizer=profile.quantizer,
         )
-        table = chosen.merge(
-            measured, on="bits", how="left", validate="many_to_one"
-        )
+        table = chosen.merge(measured, on="bits", how="left", validate="many_to_one")
         with atomic_path(study_folder(profile) / "quantization.csv") as path:
             table.to_csv(path, index=False)
-        command = (
-            f"book.studies.allocation.build_quantization on {profile.name}"
-        )
-        record(
-            profile,
-            "quantization.csv",
-            command=command,
-            seconds=seconds,
-            rows=len(table),
-        )
+        command = f"book.studies.allocation.build_quantization on {profile.name}"
+        record(profile, "quantization.csv", command=command, seconds=seconds, rows=len(table))
         (study_folder(profile) / PARTIAL).unlink(missing_ok=True)
 
 
@@ -210,7 +145,5 @@ def load_search_choices(profile: Profile) -> pd.DataFrame:
 
 
 def _load(profile: Profile) -> pd.DataFrame:
-    table = pd.read_csv(
-        checked_path(profile, "quantization.csv"), dtype={"bits": str}
-    )
+    table = pd.read_csv(checked_path(profile, "quantization.csv"), dtype={"bits": str})
     return table.assign(half_b=100 * table["correct_b"] / table["n_b"])

@@ -10,12 +10,7 @@ import time
 
 import numpy as np
 import pandas as pd
-from emq_lib.bench.sampling import (
-    one_bit_configs,
-    one_off_configs,
-    sample_configs,
-    stratified_configs,
-)
+from emq_lib.bench.sampling import one_bit_configs, one_off_configs, sample_configs, stratified_configs
 from emq_lib.bench.table import COLUMNS, MEASURED, _read_table
 from emq_lib.core.configs import bits_text
 from emq_lib.core.costs import bops_cost, size_cost
@@ -25,13 +20,7 @@ from emq_lib.core.files import atomic_path
 from emq_lib.core.profiles import QUANTIZERS, Profile
 
 from book.studies.rows import PARTIAL, build_network, measure_resumably
-from book.studies.study import (
-    checked_path,
-    read_manifest,
-    record,
-    sole_writer,
-    study_folder,
-)
+from book.studies.study import checked_path, read_manifest, record, sole_writer, study_folder
 
 
 def design(profile: Profile, layers: pd.DataFrame) -> pd.DataFrame:
@@ -43,38 +32,19 @@ def design(profile: Profile, layers: pd.DataFrame) -> pd.DataFrame:
     """
     size = size_cost(layers, profile.choices)
     slots = len(size.table)
-    random = sample_configs(
-        slots, profile.choices, profile.bench_configs, rng=profile.rng("bench")
-    )
-    samples = {
-        "uniform": random[: len(profile.choices)],
-        "random": random[len(profile.choices) :],
-    }
+    random = sample_configs(slots, profile.choices, profile.bench_configs, rng=profile.rng("bench"))
+    samples = {"uniform": random[: len(profile.choices)], "random": random[len(profile.choices) :]}
     samples["one-off"] = one_off_configs(slots, profile.choices)
     taken = np.concatenate(list(samples.values()))
     samples["stratified"] = stratified_configs(
-        size,
-        profile.choices,
-        profile.stratified_configs,
-        rng=profile.rng("stratified"),
-        exclude=taken,
+        size, profile.choices, profile.stratified_configs, rng=profile.rng("stratified"), exclude=taken
     )
     if widths(profile) != profile.choices:
         count, rng = profile.one_bit_configs, profile.rng("one-bit")
-        samples["one-bit"] = one_bit_configs(
-            slots, profile.choices, count, rng=rng
-        )
-    rows = pd.DataFrame(
-        [
-            (sample, config)
-            for sample, configs in samples.items()
-            for config in configs
-        ]
-    )
+        samples["one-bit"] = one_bit_configs(slots, profile.choices, count, rng=rng)
+    rows = pd.DataFrame([(sample, config) for sample, configs in samples.items() for config in configs])
     rows.columns = ["sample", "bits"]
-    return rows[~rows["bits"].map(bits_text).duplicated()].reset_index(
-        drop=True
-    )
+    return rows[~rows["bits"].map(bits_text).duplicated()].reset_index(drop=True)
 
 
 def widths(profile: Profile) -> tuple[int, ...]:
@@ -84,11 +54,7 @@ def widths(profile: Profile) -> tuple[int, ...]:
 
 
 def build_bench(
-    profile: Profile,
-    data: ImageData,
-    *,
-    quantizer: str | None = None,
-    scheduler: str | None = None,
+    profile: Profile, data: ImageData, *, quantizer: str | None = None, scheduler: str | None = None
 ) -> None:
     """Measure the profile's configurations on test images; write ``layers.csv`` and ``bench.parquet``.
 
@@ -107,33 +73,21 @@ def build_bench(
         DiskFullError: no room; what was measured is kept.
     """
     folder = study_folder(profile)
-    profile = dataclasses.replace(
-        profile, quantizer=quantizer or profile.quantizer
-    )
+    profile = dataclasses.replace(profile, quantizer=quantizer or profile.quantizer)
     with sole_writer(profile):
         started = time.perf_counter()
         choices = widths(profile)
-        network, layers = build_network(
-            dataclasses.replace(profile, choices=choices), data
-        )
+        network, layers = build_network(dataclasses.replace(profile, choices=choices), data)
         preparation = time.perf_counter() - started
         rows = design(profile, layers)
         configs = np.stack(rows["bits"].to_numpy())
         before, seconds_before = _present_table(profile)
         known = before.set_index("key")[list(MEASURED)].to_dict("index")
         measured, seconds = measure_resumably(
-            profile,
-            network,
-            data,
-            configs,
-            images=profile.bench_images,
-            known=known,
-            scheduler=scheduler,
+            profile, network, data, configs, images=profile.bench_images, known=known, scheduler=scheduler
         )
         size = size_cost(layers, choices)
-        bit_operations = bops_cost(
-            layers, choices, activation_bits=profile.activation_bits
-        )
+        bit_operations = bops_cost(layers, choices, activation_bits=profile.activation_bits)
         table = measured.assign(
             config_id=rows["bits"].map(bits_text),
             quantizer=profile.quantizer,
@@ -144,24 +98,11 @@ def build_bench(
         )
         write_layers(profile, layers)
         others = before[before["quantizer"] != profile.quantizer]
-        table = pd.concat(
-            [table, others]
-            if profile.quantizer == QUANTIZERS[0]
-            else [others, table]
-        )
+        table = pd.concat([table, others] if profile.quantizer == QUANTIZERS[0] else [others, table])
         with atomic_path(folder / "bench.parquet") as path:
             table[list(COLUMNS)].to_parquet(path, index=False)
-        command, seconds = (
-            f"book.studies.bench.build_bench on {profile.name}",
-            preparation + seconds + seconds_before,
-        )
-        record(
-            profile,
-            "bench.parquet",
-            command=command,
-            seconds=seconds,
-            rows=len(table),
-        )
+        command, seconds = (f"book.studies.bench.build_bench on {profile.name}", preparation + seconds + seconds_before)
+        record(profile, "bench.parquet", command=command, seconds=seconds, rows=len(table))
         (folder / PARTIAL).unlink(missing_ok=True)
 
 
@@ -189,9 +130,7 @@ def write_layers(profile: Profile, layers: pd.DataFrame) -> None:
 
 def load_layers(profile: Profile) -> pd.DataFrame:
     """Return the study's layer table."""
-    return pd.read_csv(
-        checked_path(profile, "layers.csv"), dtype={"name": str}
-    )  # names may look like numbers
+    return pd.read_csv(checked_path(profile, "layers.csv"), dtype={"name": str})  # names may look like numbers
 
 
 def has_study(profile: Profile, *filenames: str) -> bool:

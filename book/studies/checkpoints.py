@@ -9,9 +9,7 @@ from emq_lib.core.training import TrainingResult, train
 
 from book.studies.study import record, save_tensors, study_folder
 
-HALF_PRECISION_COST = (
-    0.05  # points of validation top-1 that storing half precision may cost
-)
+HALF_PRECISION_COST = 0.05  # points of validation top-1 that storing half precision may cost
 
 
 def build_checkpoint(profile: Profile, data: ImageData) -> None:
@@ -23,38 +21,20 @@ def build_checkpoint(profile: Profile, data: ImageData) -> None:
         published = load_pretrained(profile).to(data.test.images.device)
         store_checkpoint(profile, TrainingResult(published, 0, (), 0.0), data)
     else:
-        store_checkpoint(
-            profile,
-            train(
-                profile, data, resume=study_folder(profile) / "training.resume"
-            ),
-            data,
-        )
+        store_checkpoint(profile, train(profile, data, resume=study_folder(profile) / "training.resume"), data)
 
 
-def store_checkpoint(
-    profile: Profile, result: TrainingResult, data: ImageData
-) -> None:
+def store_checkpoint(profile: Profile, result: TrainingResult, data: ImageData) -> None:
     """Write ``model.safetensors``: in half precision, if that costs little on the validation images.
 
     What is stored is then measured once on the test images. Facts in the file: the epoch, the validation accuracy of
     every epoch, and the test accuracy.
     """
-    exact = {
-        name: tensor.clone()
-        for name, tensor in result.model.state_dict().items()
-    }
-    halves = {
-        name: tensor.half() if tensor.is_floating_point() else tensor
-        for name, tensor in exact.items()
-    }
-    before = top1(
-        predict(result.model, data.validation), data.validation.labels
-    )
+    exact = {name: tensor.clone() for name, tensor in result.model.state_dict().items()}
+    halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in exact.items()}
+    before = top1(predict(result.model, data.validation), data.validation.labels)
     result.model.load_state_dict(halves)
-    lost = before - top1(
-        predict(result.model, data.validation), data.validation.labels
-    )
+    lost = before - top1(predict(result.model, data.validation), data.validation.labels)
     stored = halves if lost < HALF_PRECISION_COST else exact
     result.model.load_state_dict(stored)
     facts = {

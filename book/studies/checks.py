@@ -23,29 +23,11 @@ from emq_lib.core.quantizers import choose_activation_ranges
 from emq_lib.quantization.brecq import WEIGHTS_ONLY, reconstruct_in_order
 from tqdm.auto import tqdm
 
-from book.studies.rows import (
-    PARTIAL,
-    PartialRows,
-    build_network,
-    load_folded,
-    measure_resumably,
-    row_keys,
-    row_of,
-)
+from book.studies.rows import PARTIAL, PartialRows, build_network, load_folded, measure_resumably, row_keys, row_of
 from book.studies.study import checked_path, record, sole_writer, study_folder
 
 DRAWS, CONFIGS, IN_ORDER = 3, 50, 20
-COLUMNS = (
-    "quantizer",
-    "draw",
-    "bits",
-    "top1",
-    "loss",
-    "correct_a",
-    "correct_b",
-    "n_a",
-    "n_b",
-)
+COLUMNS = ("quantizer", "draw", "bits", "top1", "loss", "correct_a", "correct_b", "n_a", "n_b")
 
 
 def build_checks(profile: Profile, data: ImageData) -> None:
@@ -63,54 +45,22 @@ def build_checks(profile: Profile, data: ImageData) -> None:
         InvalidParameterError: there are too few training images for the draws.
     """
     configs = Bench.load(profile).select("random").configs[:CONFIGS]
-    known = (
-        pd.read_parquet(checked_path(profile, "bench.parquet"))
-        .set_index("key")
-        .to_dict("index")
-    )
+    known = pd.read_parquet(checked_path(profile, "bench.parquet")).set_index("key").to_dict("index")
     folder = study_folder(profile)
     with sole_writer(profile):
         tables = []
         for quantizer, draw in itertools.product(QUANTIZERS, range(DRAWS)):
-            variant, drawn = (
-                dataclasses.replace(profile, quantizer=quantizer),
-                with_calibration(data, draw),
-            )
+            variant, drawn = (dataclasses.replace(profile, quantizer=quantizer), with_calibration(data, draw))
             network, _ = build_network(variant, drawn)
-            rows, _ = measure_resumably(
-                variant,
-                network,
-                drawn,
-                configs,
-                images=profile.bench_images,
-                known=known,
-            )
-            tables.append(
-                rows.assign(
-                    quantizer=quantizer,
-                    draw=draw,
-                    bits=list(map(bits_text, configs)),
-                )
-            )
+            rows, _ = measure_resumably(variant, network, drawn, configs, images=profile.bench_images, known=known)
+            tables.append(rows.assign(quantizer=quantizer, draw=draw, bits=list(map(bits_text, configs))))
         rows, seconds = _measure_in_order(profile, data, configs[:IN_ORDER])
-        tables.append(
-            rows.assign(
-                quantizer="in order",
-                draw=0,
-                bits=list(map(bits_text, configs[:IN_ORDER])),
-            )
-        )
+        tables.append(rows.assign(quantizer="in order", draw=0, bits=list(map(bits_text, configs[:IN_ORDER]))))
         table = pd.concat(tables, ignore_index=True)[list(COLUMNS)]
         with atomic_path(folder / "checks.csv") as path:
             table.to_csv(path, index=False)
         command = f"book.studies.checks.build_checks on {profile.name}"
-        record(
-            profile,
-            "checks.csv",
-            command=command,
-            seconds=seconds,
-            rows=len(table),
-        )
+        record(profile, "checks.csv", command=command, seconds=seconds, rows=len(table))
         (folder / PARTIAL).unlink(missing_ok=True)
 
 
@@ -127,51 +77,30 @@ def with_calibration(data: ImageData, draw: int) -> ImageData:
     """
     count = len(data.calibration)
     if (draw + 1) * count > len(data.train):
-        raise InvalidParameterError(
-            f"draw {draw} of {count} calibration images needs more than {len(data.train)}."
-        )
-    return dataclasses.replace(
-        data, calibration=data.train[draw * count : (draw + 1) * count]
-    )
+        raise InvalidParameterError(f"draw {draw} of {count} calibration images needs more than {len(data.train)}.")
+    return dataclasses.replace(data, calibration=data.train[draw * count : (draw + 1) * count])
 
 
-def _measure_in_order(
-    profile: Profile, data: ImageData, configs: np.ndarray
-) -> tuple[pd.DataFrame, float]:
+def _measure_in_order(profile: Profile, data: ImageData, configs: np.ndarray) -> tuple[pd.DataFrame, float]:
     """Reconstruct and measure configurations one by one, keeping every finished one on disk; columns as in the bench.
 
     Also returns the wall time in seconds of everything that was kept on disk.
     """
     model = load_folded(profile, data.test.images.device)
     layers = layer_table(model, profile)
-    ranges = choose_activation_ranges(
-        model, layers, data.calibration, bits=profile.activation_bits
-    )
+    ranges = choose_activation_ranges(model, layers, data.calibration, bits=profile.activation_bits)
     split = data.test[: profile.bench_images or len(data.test)]
     finished = PartialRows(study_folder(profile) / PARTIAL)
     rows = finished.read()
-    keys = [
-        f"in order {key}"
-        for key in row_keys(profile, data, len(split), configs)
-    ]
-    for key, config in zip(
-        keys, tqdm(configs, desc="in order", unit="config"), strict=True
-    ):
+    keys = [f"in order {key}" for key in row_keys(profile, data, len(split), configs)]
+    for key, config in zip(keys, tqdm(configs, desc="in order", unit="config"), strict=True):
         if key not in rows:
             started = time.perf_counter()
             generator = profile.generator("in order")
             network = reconstruct_in_order(
-                model,
-                layers,
-                config,
-                data.calibration,
-                ranges,
-                generator=generator,
-                settings=WEIGHTS_ONLY,
+                model, layers, config, data.calibration, ranges, generator=generator, settings=WEIGHTS_ONLY
             )
             [[found]] = measure(network, split, config[None])
             rows[key] = row_of(found)
-            finished.append(
-                {key: rows[key]}, seconds=time.perf_counter() - started
-            )
+            finished.append({key: rows[key]}, seconds=time.perf_counter() - started)
     return pd.DataFrame([rows[key] for key in keys]), finished.seconds

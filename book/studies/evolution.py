@@ -18,25 +18,14 @@ import numpy as np
 import pandas as pd
 import torch
 from emq_lib.bench.table import Bench
-from emq_lib.core.errors import (
-    CorruptArtefactError,
-    InvalidParameterError,
-    MissingArtefactError,
-)
+from emq_lib.core.errors import CorruptArtefactError, InvalidParameterError, MissingArtefactError
 from emq_lib.core.files import atomic_path, sha256, to_json
 from emq_lib.core.profiles import Profile
 from emq_lib.evolution.evaluator import Evaluator
 from emq_lib.evolution.fitness import Journal, Judge, Problem
 from emq_lib.evolution.genotypes import KNOWN, Genotype, parse
 from emq_lib.evolution.primitives import ERROR, FACTOR, INPUTS, STRUCTURES
-from emq_lib.evolution.search import (
-    GENES,
-    Generation,
-    evolve,
-    evolve_front,
-    improvements,
-    random_search,
-)
+from emq_lib.evolution.search import GENES, Generation, evolve, evolve_front, improvements, random_search
 from emq_lib.evolution.spaces import Space
 from emq_lib.proxies import ranking
 from emq_lib.proxies.scores import AGGREGATIONS, is_table, score
@@ -48,18 +37,8 @@ from book.studies.study import checked_path, record, study_folder
 BINS, HALVES, PENALTY, FEW, ISLANDS, GENTLE, LONG = 5, 8, 0.002, 50, 5, 0.15, 3
 EVOLUTION, CONTROL, REFINED = "evolution", "random search", "refined"
 FOR_RHO, WITH_PAIRS = "refined, for rho", "refined, pairs of layers"
-INSIDE, RISING, RISING_INSIDE = (
-    "refined, inside sizes",
-    "refined, for rho, rising",
-    "refined, inside sizes, rising",
-)
-ALLOCATED = (
-    REFINED,
-    FOR_RHO,
-    INSIDE,
-    RISING,
-    RISING_INSIDE,
-)  # they differ in fitness alone; all allocate bits
+INSIDE, RISING, RISING_INSIDE = ("refined, inside sizes", "refined, for rho, rising", "refined, inside sizes, rising")
+ALLOCATED = (REFINED, FOR_RHO, INSIDE, RISING, RISING_INSIDE)  # they differ in fitness alone; all allocate bits
 SEARCHED = "search"  # variant of what a single search found
 EVOLVED = {  # proxy -> its method
     "evolved": REFINED,
@@ -121,16 +100,10 @@ METHODS: dict[str, Method] = {
     FOR_RHO: Method(goal="rho", genes=GENTLE, known=True, times=LONG),
     WITH_PAIRS: Method(separable=False, genes=GENTLE, known=True, times=LONG),
     INSIDE: Method(goal="sizes", genes=GENTLE, known=True, times=LONG),
-    RISING: Method(
-        goal="rho", rising=True, genes=GENTLE, known=True, times=LONG
-    ),
-    RISING_INSIDE: Method(
-        goal="sizes", rising=True, genes=GENTLE, known=True, times=LONG
-    ),
+    RISING: Method(goal="rho", rising=True, genes=GENTLE, known=True, times=LONG),
+    RISING_INSIDE: Method(goal="sizes", rising=True, genes=GENTLE, known=True, times=LONG),
 }
-TRANSFERRED: dict[
-    str, Method
-] = {  # proxies of a study that evolve on the others together
+TRANSFERRED: dict[str, Method] = {  # proxies of a study that evolve on the others together
     "transferred for rho": Method(goal="rho", genes=GENTLE, known=True),
     "transferred with pairs": Method(separable=False, genes=GENTLE, known=True),
 }
@@ -166,21 +139,13 @@ def runs(profile: Profile) -> list[Run]:
 
 
 @functools.lru_cache(maxsize=8)
-def _loaded(
-    profile: Profile, device: str, _root: str | None
-) -> tuple[Evaluator, Bench, Bench]:
+def _loaded(profile: Profile, device: str, _root: str | None) -> tuple[Evaluator, Bench, Bench]:
     """Return a study's evaluator, and the search halves of its random and of its stratified configurations."""
     bench = Bench.load(profile)
-    return (
-        Evaluator(load_statistics(profile), device=device),
-        bench.split()[0],
-        bench.split("stratified")[0],
-    )
+    return (Evaluator(load_statistics(profile), device=device), bench.split()[0], bench.split("stratified")[0])
 
 
-def load_problems(
-    profile: Profile, goal: str = "ranks", *, device: str = "cpu"
-) -> list[Problem]:
+def load_problems(profile: Profile, goal: str = "ranks", *, device: str = "cpu") -> list[Problem]:
     """Return what candidates are judged on: the search half of the configurations, half A of the test images.
 
     Args:
@@ -188,62 +153,35 @@ def load_problems(
         goal: see :class:`Method`.
         device: where formulas are evaluated.
     """
-    evaluator, search, spread = _loaded(
-        profile, device, os.environ.get("EMQ_STUDY_ROOT")
-    )
+    evaluator, search, spread = _loaded(profile, device, os.environ.get("EMQ_STUDY_ROOT"))
     if goal == "sizes":
         problem = Problem(evaluator, spread.configs, spread.half_a)
-        return [
-            problem.inside_sizes(spread.table["size_bytes"].to_numpy(), BINS)
-        ]
+        return [problem.inside_sizes(spread.table["size_bytes"].to_numpy(), BINS)]
     problem = Problem(evaluator, search.configs, search.half_a)
     if goal == "rho":
         return [replace(problem, groups=(np.arange(len(problem.configs)),))]
     if goal == "few":
-        return [
-            replace(
-                problem,
-                configs=problem.configs[:FEW],
-                accuracy=problem.accuracy[:FEW],
-            )
-        ]
+        return [replace(problem, configs=problem.configs[:FEW], accuracy=problem.accuracy[:FEW])]
     if goal == "halves":
-        return problem.resampled(
-            HALVES, rng=profile.rng("halves of the search configurations")
-        )
+        return problem.resampled(HALVES, rng=profile.rng("halves of the search configurations"))
     return [problem]
 
 
-def make_judge(
-    problems: Sequence[Problem], method: Method, journal: Journal | None = None
-) -> Judge:
+def make_judge(problems: Sequence[Problem], method: Method, journal: Journal | None = None) -> Judge:
     """Return the judge of a method."""
     across = "stable" if method.goal == "halves" else "mean"
     penalty = PENALTY if method.goal == "short" else 0.0
-    return Judge(
-        problems,
-        across,
-        penalty,
-        method.separable,
-        method.rising,
-        method.screening,
-        journal,
-    )
+    return Judge(problems, across, penalty, method.separable, method.rising, method.screening, journal)
 
 
 def make_space(method: Method, structure: str) -> Space:
     """Return what a method draws from."""
     aggregations = ("sum",) if method.separable else tuple(AGGREGATIONS)
-    return Space(
-        structure, method.inputs, aggregations, prioritized=method.prioritized
-    )
+    return Space(structure, method.inputs, aggregations, prioritized=method.prioritized)
 
 
 def search(
-    profile: Profile,
-    problems: Sequence[Problem],
-    run: Run,
-    journal: Journal | None = None,
+    profile: Profile, problems: Sequence[Problem], run: Run, journal: Journal | None = None
 ) -> list[tuple[str, Generation]]:
     """Return the generations that improved the best formula, and the last one, each with the name of what made it.
 
@@ -252,19 +190,14 @@ def search(
     method = run.how
     space, rng = make_space(method, run.structure), profile.rng(run.name)
     judge = make_judge(problems, method, journal)
-    budget = replace(
-        profile.evolution,
-        iterations=method.times * profile.evolution.iterations,
-    )
+    budget = replace(profile.evolution, iterations=method.times * profile.evolution.iterations)
     if method.goal == "three":
         seconds = load_statistics(profile).seconds
 
         def cost(genotype: Genotype) -> float:
             return sum(seconds[key] for key in genotype.reads)
 
-        generations: Iterator[Generation] = evolve_front(
-            judge, space, budget=budget, rng=rng, cost=cost
-        )
+        generations: Iterator[Generation] = evolve_front(judge, space, budget=budget, rng=rng, cost=cost)
     else:
         generations = evolve(
             judge,
@@ -289,43 +222,23 @@ def search(
     return found
 
 
-def _lines(
-    profile: Profile,
-    others: tuple[Profile, ...],
-    run: Run,
-    *,
-    folder: str,
-    device: str,
-) -> list[str]:
+def _lines(profile: Profile, others: tuple[Profile, ...], run: Run, *, folder: str, device: str) -> list[str]:
     """Search and return the log's lines; a run that was stopped goes on from its journal in the folder."""
     studies = others or (profile,)
-    problems = [
-        problem
-        for study in studies
-        for problem in load_problems(study, run.how.goal, device=device)
-    ]
+    problems = [problem for study in studies for problem in load_problems(study, run.how.goal, device=device)]
     depends = {"run": run.name, "budget": asdict(profile.evolution)}
     depends |= {
         f"{study.name}/{file}": sha256(study_folder(study) / file)
         for study in studies
-        for file in (
-            "statistics.safetensors",
-            "bench.parquet",
-            "model.safetensors",
-        )
+        for file in ("statistics.safetensors", "bench.parquet", "model.safetensors")
     }
     path = study_folder(profile) / folder / f"{run.name}.jsonl"
     found = search(profile, problems, run, Journal(path, depends))
     facts = {"structure": run.structure, "seed": run.seed}
-    return [
-        to_json({"method": method} | facts | asdict(generation))
-        for method, generation in found
-    ]
+    return [to_json({"method": method} | facts | asdict(generation)) for method, generation in found]
 
 
-def build_evolution(
-    profile: Profile, *, workers: int | None = None, device: str = "cpu"
-) -> None:
+def build_evolution(profile: Profile, *, workers: int | None = None, device: str = "cpu") -> None:
     """Run every search; write ``evolution.jsonl``, and ``searches.csv`` by :func:`build_searches`.
 
     One JSON line per generation that improved the best formula of its run, and one for the last. Fitness reads the
@@ -342,11 +255,7 @@ def build_evolution(
 
 
 def build_transfer(
-    profile: Profile,
-    others: Sequence[Profile],
-    *,
-    workers: int | None = None,
-    device: str = "cpu",
+    profile: Profile, others: Sequence[Profile], *, workers: int | None = None, device: str = "cpu"
 ) -> None:
     """Evolve on other studies together, for the mean of their fitness; write ``transfer.jsonl`` of the one left out.
 
@@ -360,15 +269,9 @@ def build_transfer(
         InvalidParameterError: the study is among the others.
     """
     if profile.name in [other.name for other in others]:
-        raise InvalidParameterError(
-            f"{profile.name} is to be left out, so it cannot be among the others."
-        )
+        raise InvalidParameterError(f"{profile.name} is to be left out, so it cannot be among the others.")
     seeds = range(profile.evolution.seeds)
-    several = [
-        Run(method, "branched", seed)
-        for method in TRANSFERRED
-        for seed in seeds
-    ]
+    several = [Run(method, "branched", seed) for method in TRANSFERRED for seed in seeds]
     _build(profile, several, tuple(others), "transfer.jsonl", workers, device)
 
 
@@ -382,42 +285,25 @@ def _build(
 ) -> None:
     started = time.perf_counter()
     folder = f".{filename}.resume"
-    work = functools.partial(
-        _lines, profile, others, folder=folder, device=device
-    )
+    work = functools.partial(_lines, profile, others, folder=folder, device=device)
     with contextlib.ExitStack() as stack:
         if workers == 1:
             finished = map(work, several)
         else:
             context = multiprocessing.get_context("spawn")
-            pool = ProcessPoolExecutor(
-                workers,
-                context,
-                initializer=torch.set_num_threads,
-                initargs=(1,),
-            )
+            pool = ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,))
             finished = stack.enter_context(pool).map(work, several)
-        progress = stack.enter_context(
-            tqdm(total=len(several), desc=profile.name, unit="search")
-        )
+        progress = stack.enter_context(tqdm(total=len(several), desc=profile.name, unit="search"))
         lines = []
         for run, found in zip(several, finished, strict=True):
             lines.append(found)
             best = max(map(json.loads, found), key=lambda line: line["fitness"])
-            progress.set_postfix_str(
-                f"{run.name}: {best['fitness']:.3f} {best['best']}"
-            )
+            progress.set_postfix_str(f"{run.name}: {best['fitness']:.3f} {best['best']}")
             progress.update()
     with atomic_path(study_folder(profile) / filename) as path:
         path.write_text("\n".join(itertools.chain(*lines)) + "\n")
     command = f"emq_lib.experiments.build_{filename.removesuffix('.jsonl')} on {profile.name}"
-    record(
-        profile,
-        filename,
-        command=command,
-        seconds=time.perf_counter() - started,
-        rows=sum(map(len, lines)),
-    )
+    record(profile, filename, command=command, seconds=time.perf_counter() - started, rows=sum(map(len, lines)))
     shutil.rmtree(study_folder(profile) / folder)
 
 
@@ -452,40 +338,18 @@ def build_enumeration(profile: Profile) -> None:
         }
     ]
     for seed in range(profile.evolution.seeds):
-        streams = (
-            profile.rng(f"{name}, small space, {seed}")
-            for name in (EVOLUTION, CONTROL)
-        )
-        *_, evolved = evolve(
-            make_judge(problems, method),
-            SMALL,
-            budget=profile.evolution,
-            rng=next(streams),
-        )
+        streams = (profile.rng(f"{name}, small space, {seed}") for name in (EVOLUTION, CONTROL))
+        *_, evolved = evolve(make_judge(problems, method), SMALL, budget=profile.evolution, rng=next(streams))
         *_, drawn = random_search(
-            make_judge(problems, method),
-            SMALL,
-            evaluations=evolved.evaluations,
-            rng=next(streams),
+            make_judge(problems, method), SMALL, evaluations=evolved.evaluations, rng=next(streams)
         )
         for name, last in ((EVOLUTION, evolved), (CONTROL, drawn)):
-            facts = {
-                "method": name,
-                "seed": seed,
-                "genotypes": SMALL.size,
-                "evaluations": last.evaluations,
-            }
+            facts = {"method": name, "seed": seed, "genotypes": SMALL.size, "evaluations": last.evaluations}
             lines.append(facts | {"best": last.best, "fitness": last.fitness})
     with atomic_path(study_folder(profile) / "enumeration.jsonl") as path:
         path.write_text("".join(to_json(line) + "\n" for line in lines))
     command = f"book.studies.evolution.build_enumeration on {profile.name}"
-    record(
-        profile,
-        "enumeration.jsonl",
-        command=command,
-        seconds=time.perf_counter() - started,
-        rows=len(lines),
-    )
+    record(profile, "enumeration.jsonl", command=command, seconds=time.perf_counter() - started, rows=len(lines))
 
 
 def build_searches(profile: Profile) -> None:
@@ -502,43 +366,29 @@ def build_searches(profile: Profile) -> None:
     fair = fair.inside_sizes(spread.table["size_bytes"].to_numpy(), BINS)
     rows = []
     for (method, structure, seed), lines in itertools.groupby(
-        load_evolution(profile),
-        key=lambda line: (line["method"], line["structure"], line["seed"]),
+        load_evolution(profile), key=lambda line: (line["method"], line["structure"], line["seed"])
     ):
         last = list(lines)[-1]
         genotype = parse(last["best"])
         table = problem.evaluator.scores(genotype)
         searched, scores, spread_scores = (
-            score(
-                table,
-                part.configs,
-                profile.choices,
-                aggregation=genotype.aggregation,
-            )
+            score(table, part.configs, profile.choices, aggregation=genotype.aggregation)
             for part in (problem, heldout, spread)
         )
-        rho = ranking.fitness_terms(
-            scores[None], heldout.top1, ranking.PERCENTS
-        )[0]
+        rho = ranking.fitness_terms(scores[None], heldout.top1, ranking.PERCENTS)[0]
         rows.append(
             {
                 "method": method,
                 "structure": structure,
                 "seed": seed,
-                "separable": is_table(table, profile.choices)
-                and genotype.aggregation == "sum",
+                "separable": is_table(table, profile.choices) and genotype.aggregation == "sum",
                 "evaluations": last["evaluations"],
                 "rejected": last["rejected"],
                 "duplicates": last["duplicates"],
                 "goal": last["fitness"],
                 "search_fitness": problem.fitness(searched),
                 "heldout_fitness": float(rho.mean()),
-                **{
-                    f"heldout_rho{percent}": value
-                    for percent, value in zip(
-                        ranking.PERCENTS, rho, strict=True
-                    )
-                },
+                **{f"heldout_rho{percent}": value for percent, value in zip(ranking.PERCENTS, rho, strict=True)},
                 "heldout_binned": fair.fitness(spread_scores),
                 "complexity": genotype.complexity,
                 "best": last["best"],
@@ -547,18 +397,10 @@ def build_searches(profile: Profile) -> None:
     with atomic_path(study_folder(profile) / "searches.csv") as path:
         pd.DataFrame(rows).to_csv(path, index=False)
     command = f"book.studies.evolution.build_searches on {profile.name}"
-    record(
-        profile,
-        "searches.csv",
-        command=command,
-        seconds=time.perf_counter() - started,
-        rows=len(rows),
-    )
+    record(profile, "searches.csv", command=command, seconds=time.perf_counter() - started, rows=len(rows))
 
 
-def load_evolution(
-    profile: Profile, filename: str = "evolution.jsonl"
-) -> list[dict]:
+def load_evolution(profile: Profile, filename: str = "evolution.jsonl") -> list[dict]:
     """Return the lines of a log.
 
     Raises:
@@ -568,9 +410,7 @@ def load_evolution(
     try:
         return [json.loads(line) for line in path.read_text().splitlines()]
     except json.JSONDecodeError as error:
-        raise CorruptArtefactError(
-            f"{path} holds a line that is not JSON ({error}). Restore or rebuild it."
-        ) from error
+        raise CorruptArtefactError(f"{path} holds a line that is not JSON ({error}). Restore or rebuild it.") from error
 
 
 def load_searches(profile: Profile) -> pd.DataFrame:
@@ -578,19 +418,13 @@ def load_searches(profile: Profile) -> pd.DataFrame:
     return pd.read_csv(checked_path(profile, "searches.csv"))
 
 
-def load_winner(
-    profile: Profile, method: str = REFINED, filename: str = "evolution.jsonl"
-) -> dict:
+def load_winner(profile: Profile, method: str = REFINED, filename: str = "evolution.jsonl") -> dict:
     """Return the log line of a method's fittest formula over all seeds and structures: a choice by the search half.
 
     Raises:
         MissingArtefactError: the log has no run of this method.
     """
-    lines = [
-        line
-        for line in load_evolution(profile, filename)
-        if line["method"] == method
-    ]
+    lines = [line for line in load_evolution(profile, filename) if line["method"] == method]
     if not lines:
         raise MissingArtefactError(
             f"{study_folder(profile) / filename} has no run of {method!r}; it may be older than this code. Rebuild it."

@@ -20,14 +20,7 @@ from emq_lib.proxies import intervals, oracles, ranking
 from emq_lib.proxies.scores import is_table, score
 
 from book.studies.bench import has_study
-from book.studies.evolution import (
-    ALLOCATED,
-    EVOLVED,
-    SEARCHED,
-    TRANSFERRED,
-    load_searches,
-    load_winner,
-)
+from book.studies.evolution import ALLOCATED, EVOLVED, SEARCHED, TRANSFERRED, load_searches, load_winner
 from book.studies.proxies import load_proxies, load_statistics
 from book.studies.study import checked_path, record, study_folder
 
@@ -45,36 +38,19 @@ def load_tables(profile: Profile) -> dict[str, dict]:
         "separable": whether scores are sums over slots, "variant": text, "seconds": cost}.
     """
     tables = {
-        name: entry
-        | {
-            "aggregation": "sum",
-            "separable": is_table(entry["table"], profile.choices),
-        }
+        name: entry | {"aggregation": "sum", "separable": is_table(entry["table"], profile.choices)}
         for name, entry in load_proxies(profile)[1].items()
     }
     own, others = EVOLVED, {name: name for name in TRANSFERRED}
-    for variant, methods, filename in (
-        ("evolved", own, "evolution.jsonl"),
-        ("transferred", others, "transfer.jsonl"),
-    ):
+    for variant, methods, filename in (("evolved", own, "evolution.jsonl"), ("transferred", others, "transfer.jsonl")):
         if has_study(profile, filename):
-            winners = {
-                name: load_winner(profile, method, filename)["best"]
-                for name, method in methods.items()
-            }
+            winners = {name: load_winner(profile, method, filename)["best"] for name, method in methods.items()}
             tables |= _evaluated(profile, winners, variant)
     search, _ = Bench.load(profile).split()
     started = time.perf_counter()
-    oracle = oracles.additive_oracle(
-        search.configs, search.half_a, search.configs, profile.choices
-    )
+    oracle = oracles.additive_oracle(search.configs, search.half_a, search.configs, profile.choices)
     seconds = time.perf_counter() - started
-    facts = {
-        "aggregation": "sum",
-        "separable": True,
-        "variant": "oracle",
-        "seconds": seconds,
-    }
+    facts = {"aggregation": "sum", "separable": True, "variant": "oracle", "seconds": seconds}
     tables[ORACLE] = {"table": oracle.table} | facts
     return tables
 
@@ -86,19 +62,12 @@ def load_searched(profile: Profile) -> dict[str, dict]:
         "method, seed" -> entry as in :func:`load_tables`.
     """
     searches = load_searches(profile)
-    kept = searches[
-        searches["method"].isin(ALLOCATED)
-        & (searches["structure"] == "branched")
-    ]
-    formulas = {
-        f"{row.method}, {row.seed}": row.best for row in kept.itertuples()
-    }
+    kept = searches[searches["method"].isin(ALLOCATED) & (searches["structure"] == "branched")]
+    formulas = {f"{row.method}, {row.seed}": row.best for row in kept.itertuples()}
     return _evaluated(profile, formulas, SEARCHED)
 
 
-def _evaluated(
-    profile: Profile, formulas: Mapping[str, str], variant: str
-) -> dict[str, dict]:
+def _evaluated(profile: Profile, formulas: Mapping[str, str], variant: str) -> dict[str, dict]:
     """Return the entries of formulas in their text form."""
     statistics, entries = load_statistics(profile), {}
     evaluator = Evaluator(statistics)
@@ -106,16 +75,11 @@ def _evaluated(
         started = time.perf_counter()
         genotype = parse(text)
         table = evaluator.scores(genotype)
-        seconds = (
-            sum(statistics.seconds[key] for key in genotype.reads)
-            + time.perf_counter()
-            - started
-        )
+        seconds = sum(statistics.seconds[key] for key in genotype.reads) + time.perf_counter() - started
         entries[name] = {
             "table": table,
             "aggregation": genotype.aggregation,
-            "separable": is_table(table, profile.choices)
-            and genotype.aggregation == "sum",
+            "separable": is_table(table, profile.choices) and genotype.aggregation == "sum",
             "variant": variant,
             "seconds": seconds,
         }
@@ -131,20 +95,12 @@ def build_heldout(profile: Profile) -> None:
     bootstrap interval. Fitness on the search half (which chose the evolved proxy) and on the held-out half; seconds.
     """
     started = time.perf_counter()
-    rows = [
-        row for quantizer in QUANTIZERS for row in _rows(profile, quantizer)
-    ]
+    rows = [row for quantizer in QUANTIZERS for row in _rows(profile, quantizer)]
     table = pd.DataFrame(rows)
     with atomic_path(study_folder(profile) / "heldout.csv") as path:
         table.to_csv(path, index=False)
     command = f"book.studies.heldout.build_heldout on {profile.name}"
-    record(
-        profile,
-        "heldout.csv",
-        command=command,
-        seconds=time.perf_counter() - started,
-        rows=len(table),
-    )
+    record(profile, "heldout.csv", command=command, seconds=time.perf_counter() - started, rows=len(table))
 
 
 def _rows(profile: Profile, quantizer: str) -> list[dict[str, object]]:
@@ -159,83 +115,34 @@ def _rows(profile: Profile, quantizer: str) -> list[dict[str, object]]:
     for name, entry in load_tables(profile).items():
         if name != ORACLE:
             table, how = entry["table"], entry["aggregation"]
-            scores = [
-                score(table, part.configs, profile.choices, aggregation=how)
-                for part in parts
-            ]
-            facts = {
-                "variant": entry["variant"],
-                "separable": entry["separable"],
-            }
-            rows.append(
-                {"proxy": name}
-                | facts
-                | _ranks(parts, scores, rng=rng)
-                | {"seconds": entry["seconds"]}
-            )
-    for name, fit in (
-        (ORACLE, oracles.additive_oracle),
-        (PAIRWISE, oracles.pairwise_oracle),
-    ):
+            scores = [score(table, part.configs, profile.choices, aggregation=how) for part in parts]
+            facts = {"variant": entry["variant"], "separable": entry["separable"]}
+            rows.append({"proxy": name} | facts | _ranks(parts, scores, rng=rng) | {"seconds": entry["seconds"]})
+    for name, fit in ((ORACLE, oracles.additive_oracle), (PAIRWISE, oracles.pairwise_oracle)):
         before = time.perf_counter()
-        scores = [
-            fit(
-                search.configs, search.half_a, part.configs, profile.choices
-            ).predictions
-            for part in parts
-        ]
+        scores = [fit(search.configs, search.half_a, part.configs, profile.choices).predictions for part in parts]
         seconds = time.perf_counter() - before
         facts = {"variant": "oracle", "separable": name == ORACLE}
-        rows.append(
-            {"proxy": name}
-            | facts
-            | _ranks(parts, scores, rng=rng)
-            | {"seconds": seconds}
-        )
-    ceiling = intervals.noise_ceiling(
-        heldout.half_a, heldout.half_b, rng=rng
-    ).perfect
-    facts = {
-        "n": len(heldout),
-        "rho100": ceiling.value,
-        "lo": ceiling.lo,
-        "hi": ceiling.hi,
-    }
-    return [
-        *rows,
-        {"proxy": "noise ceiling", "variant": "ceiling", "quantizer": quantizer}
-        | facts,
-    ]
+        rows.append({"proxy": name} | facts | _ranks(parts, scores, rng=rng) | {"seconds": seconds})
+    ceiling = intervals.noise_ceiling(heldout.half_a, heldout.half_b, rng=rng).perfect
+    facts = {"n": len(heldout), "rho100": ceiling.value, "lo": ceiling.lo, "hi": ceiling.hi}
+    return [*rows, {"proxy": "noise ceiling", "variant": "ceiling", "quantizer": quantizer} | facts]
 
 
 def _ranks(
-    parts: tuple[Bench, Bench, Bench],
-    scores: Sequence[np.ndarray],
-    *,
-    rng: np.random.Generator,
+    parts: tuple[Bench, Bench, Bench], scores: Sequence[np.ndarray], *, rng: np.random.Generator
 ) -> dict[str, object]:
     """Describe one method by its scores of the search half, the held-out half, and the held-out stratified ones."""
     (search, heldout, spread), (searched, found, spread_scores) = parts, scores
     top1 = heldout.top1
-    rho = {
-        k: intervals.bootstrap_rho(found, top1, percent=k, rng=rng)
-        for k in ranking.PERCENTS
-    }
-    covariates = heldout.table[["size_bytes", "bops"]].to_numpy(
-        dtype=np.float64
-    )
+    rho = {k: intervals.bootstrap_rho(found, top1, percent=k, rng=rng) for k in ranking.PERCENTS}
+    covariates = heldout.table[["size_bytes", "bops"]].to_numpy(dtype=np.float64)
     partial = intervals.bootstrap_partial_rho(found, top1, covariates, rng=rng)
     sizes = spread.table["size_bytes"].to_numpy()
-    binned = intervals.bootstrap_binned_rho(
-        spread_scores, spread.top1, sizes, bins=BINS, rng=rng
-    )
+    binned = intervals.bootstrap_binned_rho(spread_scores, spread.top1, sizes, bins=BINS, rng=rng)
     others = {
         statistic.__name__: intervals.bootstrap(statistic, found, top1, rng=rng)
-        for statistic in (
-            ranking.kendall,
-            ranking.weighted_tau,
-            ranking.logit_pearson,
-        )
+        for statistic in (ranking.kendall, ranking.weighted_tau, ranking.logit_pearson)
     }
     return {
         "quantizer": heldout.profile.quantizer,
@@ -266,11 +173,7 @@ def _ranks(
     }
 
 
-def load_heldout(
-    profile: Profile, quantizer: str | None = None
-) -> pd.DataFrame:
+def load_heldout(profile: Profile, quantizer: str | None = None) -> pd.DataFrame:
     """Return a study's held-out table for one quantizer, by default the profile's."""
     table = pd.read_csv(checked_path(profile, "heldout.csv"))
-    return table[
-        table["quantizer"] == (quantizer or profile.quantizer)
-    ].reset_index(drop=True)
+    return table[table["quantizer"] == (quantizer or profile.quantizer)].reset_index(drop=True)

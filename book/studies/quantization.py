@@ -45,45 +45,16 @@ from book.studies import rows as measured_rows
 from book.studies.allocation import load_quantization
 from book.studies.bench import has_study, load_layers
 from book.studies.checks import with_calibration
-from book.studies.rows import (
-    PartialRows,
-    build_network,
-    load_folded,
-    measure_resumably,
-    row_keys,
-)
-from book.studies.study import (
-    checked_path,
-    read_manifest,
-    record,
-    sole_writer,
-    study_folder,
-)
+from book.studies.rows import PartialRows, build_network, load_folded, measure_resumably, row_keys
+from book.studies.study import checked_path, read_manifest, record, sole_writer, study_folder
 
 BUDGETS = (2.25, 2.5, 3.0, 3.5)
-COMPARED = (
-    "uniform",
-    "random",
-    "bit sum",
-    "HAWQ-V2",
-    "OMPQ",
-    "one-layer KL",
-    "evolved",
-    "evolved for allocation",
-)
+COMPARED = ("uniform", "random", "bit sum", "HAWQ-V2", "OMPQ", "one-layer KL", "evolved", "evolved for allocation")
 BEST_OF_RANDOM, FLOAT = "best of random", "float"
 FILE, PARTIAL = "comparison.parquet", "comparison.partial.jsonl"
-RECONSTRUCTED, TRAINED = (
-    "brecq",
-    "qat",
-)  # these cost a run for every configuration
-TRAINED_METHODS, TRAINED_BUDGETS = (
-    ("uniform", "one-layer KL", "evolved for allocation"),
-    (2.25, 3.0),
-)
-_RECONSTRUCTION = source_hash(
-    brecq, learn_rounding, Rounding
-)  # the code that decides the numbers
+RECONSTRUCTED, TRAINED = ("brecq", "qat")  # these cost a run for every configuration
+TRAINED_METHODS, TRAINED_BUDGETS = (("uniform", "one-layer KL", "evolved for allocation"), (2.25, 3.0))
+_RECONSTRUCTION = source_hash(brecq, learn_rounding, Rounding)  # the code that decides the numbers
 _TRAINING = source_hash(qat, training.train_epoch, training.augment)
 KEPT = ["top1", "loss", "correct", "quantize_seconds"]
 
@@ -113,37 +84,23 @@ def choose(profile: Profile, data: ImageData) -> pd.DataFrame:
     Returns:
         columns proxy, average_bits, seed, bits (text), search_seconds; seed is -1 where the choice has none.
     """
-    chosen = load_quantization(profile).rename(
-        columns={"seconds": "search_seconds"}
-    )
-    chosen = chosen[
-        chosen["proxy"].isin(COMPARED) & chosen["average_bits"].isin(BUDGETS)
-    ]
-    chosen = chosen.assign(
-        seed=chosen["seed"].where(chosen["proxy"] == "random", -1)
-    )
+    chosen = load_quantization(profile).rename(columns={"seconds": "search_seconds"})
+    chosen = chosen[chosen["proxy"].isin(COMPARED) & chosen["average_bits"].isin(BUDGETS)]
+    chosen = chosen.assign(seed=chosen["seed"].where(chosen["proxy"] == "random", -1))
     columns = ["proxy", "average_bits", "seed", "bits", "search_seconds"]
-    return pd.concat(
-        [chosen[columns], _best_of_random(profile, data)[columns]],
-        ignore_index=True,
-    )
+    return pd.concat([chosen[columns], _best_of_random(profile, data)[columns]], ignore_index=True)
 
 
 def _best_of_random(profile: Profile, data: ImageData) -> pd.DataFrame:
     """Draw random configurations of each budget's size, as many as the search looked at; keep the best on half A."""
     rows = _known_best(profile, data)
     network, _ = build_network(profile, data)
-    images, rest = (
-        (profile.bench_images or len(data.test)) // 2,
-        set(BUDGETS) - {row["average_bits"] for row in rows},
-    )
+    images, rest = ((profile.bench_images or len(data.test)) // 2, set(BUDGETS) - {row["average_bits"] for row in rows})
     for average in sorted(rest):
         started = time.perf_counter()
         texts = drawn_at_random(profile, average)
         configs = np.array([parse_bits(text) for text in texts], dtype=np.int8)
-        measured, _ = measure_resumably(
-            profile, network, data, configs, images=images
-        )
+        measured, _ = measure_resumably(profile, network, data, configs, images=images)
         best = texts[measured["top1"].argmax()]
         seconds = time.perf_counter() - started
         row = {"proxy": BEST_OF_RANDOM, "average_bits": average, "seed": -1}
@@ -156,15 +113,9 @@ def _known_best(profile: Profile, data: ImageData) -> list[dict]:
     if not has_study(profile, FILE):
         return []
     table = pd.read_parquet(checked_path(profile, FILE))
-    found = table[
-        (table["proxy"] == BEST_OF_RANDOM)
-        & (table["quantizer"] == QUANTIZERS[0])
-        & (table["seed"] == 0)
-    ]
+    found = table[(table["proxy"] == BEST_OF_RANDOM) & (table["quantizer"] == QUANTIZERS[0]) & (table["seed"] == 0)]
     found = found[found["key"] == _keys(profile, data, found, None)]
-    return found.assign(seed=-1)[
-        ["proxy", "average_bits", "seed", "bits", "search_seconds"]
-    ].to_dict("records")
+    return found.assign(seed=-1)[["proxy", "average_bits", "seed", "bits", "search_seconds"]].to_dict("records")
 
 
 def drawn_at_random(profile: Profile, average: float) -> list[str]:
@@ -175,15 +126,9 @@ def drawn_at_random(profile: Profile, average: float) -> list[str]:
         average: the budget in average bits.
     """
     size = size_cost(load_layers(profile), profile.choices)
-    budget, rng = (
-        budget_for_average_bits(average, size, profile.choices),
-        profile.rng(f"many random at {average}"),
-    )
+    budget, rng = (budget_for_average_bits(average, size, profile.choices), profile.rng(f"many random at {average}"))
     count = len(Bench.load(profile).split("stratified")[0])
-    drawn = (
-        random_within(size, budget, profile.choices, rng=rng)
-        for _ in range(count)
-    )
+    drawn = (random_within(size, budget, profile.choices, rng=rng) for _ in range(count))
     return list(dict.fromkeys(map(bits_text, drawn)))
 
 
@@ -222,102 +167,54 @@ def build_comparison(
     with sole_writer(profile):
         started = time.perf_counter()
         chosen = choose(profile, data)
-        trained = chosen["proxy"].isin(TRAINED_METHODS) & chosen[
-            "average_bits"
-        ].isin(TRAINED_BUDGETS)
+        trained = chosen["proxy"].isin(TRAINED_METHODS) & chosen["average_bits"].isin(TRAINED_BUDGETS)
         wanted = pd.concat(
             [
-                chosen[
-                    chosen["seed"].isin((-1, seed))
-                    & (trained | (quantizer != TRAINED))
-                ].assign(quantizer=quantizer, seed=seed)
-                for quantizer, seed in itertools.product(
-                    quantizers, range(seeds)
+                chosen[chosen["seed"].isin((-1, seed)) & (trained | (quantizer != TRAINED))].assign(
+                    quantizer=quantizer, seed=seed
                 )
+                for quantizer, seed in itertools.product(quantizers, range(seeds))
             ],
             ignore_index=True,
         )
         finished = PartialRows(folder / PARTIAL)
         before, seconds_before = _present_rows(profile)
         rows = before | finished.read()
-        effort = Effort(
-            settings, QatRecipe.like(profile.training or QatRecipe(), epochs)
-        )
+        effort = Effort(settings, QatRecipe.like(profile.training or QatRecipe(), epochs))
         wanted["key"] = _keys(profile, data, wanted, effort)
         missing = wanted[~wanted["key"].isin(rows)].drop_duplicates("key")
         jobs = _jobs(missing)
-        key_of = missing.set_index(["quantizer", "seed", "bits"])[
-            "key"
-        ].to_dict()
-        with tqdm(
-            total=len(missing),
-            desc=f"{profile.name}, comparison",
-            unit="network",
-        ) as progress:
+        key_of = missing.set_index(["quantizer", "seed", "bits"])["key"].to_dict()
+        with tqdm(total=len(missing), desc=f"{profile.name}, comparison", unit="network") as progress:
             for job, found in _run(profile, data, effort, jobs, workers):
-                new = {
-                    key_of[job.quantizer, job.seed, bits]: row
-                    for bits, row in found.items()
-                }
-                finished.append(
-                    new,
-                    seconds=sum(
-                        row["quantize_seconds"] for row in new.values()
-                    ),
-                )
+                new = {key_of[job.quantizer, job.seed, bits]: row for bits, row in found.items()}
+                finished.append(new, seconds=sum(row["quantize_seconds"] for row in new.values()))
                 rows |= new
                 progress.update(len(new))
-        table = wanted.join(
-            pd.DataFrame([rows[key] for key in wanted["key"]])[KEPT]
-        )
+        table = wanted.join(pd.DataFrame([rows[key] for key in wanted["key"]])[KEPT])
         table["correct"] = table["correct"].map(base64.b64decode)
         model = load_folded(profile, data.test.images.device)
         layers = layer_table(model, profile)
-        configs = np.array(
-            [parse_bits(bits) for bits in table["bits"]], dtype=np.int8
-        )
-        bops = bops_cost(
-            layers, profile.choices, activation_bits=profile.activation_bits
-        )
-        table["size_bytes"] = (
-            size_cost(layers, profile.choices)
-            .total(configs, profile.choices)
-            .astype(np.int64)
-        )
+        configs = np.array([parse_bits(bits) for bits in table["bits"]], dtype=np.int8)
+        bops = bops_cost(layers, profile.choices, activation_bits=profile.activation_bits)
+        table["size_bytes"] = size_cost(layers, profile.choices).total(configs, profile.choices).astype(np.int64)
         table["bops"] = bops.total(configs, profile.choices).astype(np.int64)
-        table = pd.concat(
-            [table, _float_row(model, layers, data)], ignore_index=True
-        ).assign(images=len(data.test))
+        table = pd.concat([table, _float_row(model, layers, data)], ignore_index=True).assign(images=len(data.test))
         with atomic_path(folder / FILE) as path:
             table.to_parquet(path, index=False, compression="zstd")
-        command = (
-            f"book.studies.quantization.build_comparison on {profile.name}"
-        )
+        command = f"book.studies.quantization.build_comparison on {profile.name}"
         spent = {
             RECONSTRUCTED: f"{settings.iterations} steps per block, {settings.activation_iterations} for its inputs",
             TRAINED: f"{epochs} epochs",
         }
-        note = "; ".join(
-            f"{quantizer}: {what}"
-            for quantizer, what in spent.items()
-            if quantizer in quantizers
-        )
+        note = "; ".join(f"{quantizer}: {what}" for quantizer, what in spent.items() if quantizer in quantizers)
         seconds = seconds_before + time.perf_counter() - started
-        record(
-            profile,
-            FILE,
-            command=command,
-            seconds=seconds,
-            rows=len(table),
-            note=note,
-        )
+        record(profile, FILE, command=command, seconds=seconds, rows=len(table), note=note)
         for name in (PARTIAL, measured_rows.PARTIAL):
             (folder / name).unlink(missing_ok=True)
 
 
-def _float_row(
-    model: torch.nn.Module, layers: pd.DataFrame, data: ImageData
-) -> pd.DataFrame:
+def _float_row(model: torch.nn.Module, layers: pd.DataFrame, data: ImageData) -> pd.DataFrame:
     """Return the row of the float network: method and quantizer "float", 32 bits."""
     logits = predict(model, data.test)
     row = {
@@ -331,11 +228,8 @@ def _float_row(
         "key": FLOAT,
         "top1": top1(logits, data.test.labels),
         "loss": F.cross_entropy(logits.double(), data.test.labels).item(),
-        "correct": np.packbits(
-            (logits.argmax(dim=1) == data.test.labels).cpu().numpy()
-        ).tobytes(),
-        "size_bytes": 4
-        * sum(parameter.numel() for parameter in model.parameters()),
+        "correct": np.packbits((logits.argmax(dim=1) == data.test.labels).cpu().numpy()).tobytes(),
+        "size_bytes": 4 * sum(parameter.numel() for parameter in model.parameters()),
         "bops": 32 * 32 * int(layers["macs"].sum()),
     }
     return pd.DataFrame([row])
@@ -344,52 +238,27 @@ def _float_row(
 def _jobs(missing: pd.DataFrame) -> list[Job]:
     """Return the work: a job for every configuration where each costs a run, or one for all of them."""
     jobs = []
-    for (quantizer, seed), group in missing.groupby(
-        ["quantizer", "seed"], sort=False
-    ):
+    for (quantizer, seed), group in missing.groupby(["quantizer", "seed"], sort=False):
         configs = tuple(group["bits"])
-        parts = (
-            [(bits,) for bits in configs]
-            if quantizer in (RECONSTRUCTED, TRAINED)
-            else [configs]
-        )
+        parts = [(bits,) for bits in configs] if quantizer in (RECONSTRUCTED, TRAINED) else [configs]
         jobs += [Job(quantizer, seed, part) for part in parts]
     return jobs
 
 
 def _run(
-    profile: Profile,
-    data: ImageData,
-    effort: Effort,
-    jobs: Sequence[Job],
-    workers: int | None,
+    profile: Profile, data: ImageData, effort: Effort, jobs: Sequence[Job], workers: int | None
 ) -> Iterator[tuple[Job, dict]]:
     """Yield the jobs with their rows, in order."""
     if workers == 1:
-        yield from (
-            (job, quantize_and_measure(profile, data, effort, job))
-            for job in jobs
-        )
+        yield from ((job, quantize_and_measure(profile, data, effort, job)) for job in jobs)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        workers, context, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        yield from zip(
-            jobs,
-            pool.map(
-                functools.partial(_work, profile, effort, len(data.test)), jobs
-            ),
-            strict=True,
-        )
+    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from zip(jobs, pool.map(functools.partial(_work, profile, effort, len(data.test)), jobs), strict=True)
 
 
-def _work(
-    profile: Profile, effort: Effort, images: int, job: Job
-) -> dict[str, dict]:
-    return quantize_and_measure(
-        profile, _with_test_images(_images(profile), images), effort, job
-    )
+def _work(profile: Profile, effort: Effort, images: int, job: Job) -> dict[str, dict]:
+    return quantize_and_measure(profile, _with_test_images(_images(profile), images), effort, job)
 
 
 _images = functools.lru_cache(maxsize=1)(load_dataset)
@@ -399,9 +268,7 @@ def _with_test_images(data: ImageData, count: int | None) -> ImageData:
     return dataclasses.replace(data, test=data.test[:count])
 
 
-def quantize_and_measure(
-    profile: Profile, data: ImageData, effort: Effort, job: Job
-) -> dict[str, dict]:
+def quantize_and_measure(profile: Profile, data: ImageData, effort: Effort, job: Job) -> dict[str, dict]:
     """Return the rows of a job: bits (text) -> top1, loss, correct (which images, packed, in base64), quantize_seconds.
 
     Args:
@@ -412,88 +279,47 @@ def quantize_and_measure(
     """
     started = time.perf_counter()
     drawn = with_calibration(data, job.seed)
-    variant = dataclasses.replace(
-        profile,
-        quantizer=job.quantizer
-        if job.quantizer in QUANTIZERS
-        else QUANTIZERS[0],
-    )
+    variant = dataclasses.replace(profile, quantizer=job.quantizer if job.quantizer in QUANTIZERS else QUANTIZERS[0])
     network, layers = build_network(variant, drawn)
-    configs = np.array(
-        [parse_bits(bits) for bits in job.configs], dtype=np.int8
-    )
-    ranges, generator = (
-        network.activation_ranges,
-        profile.generator(f"comparison, seed {job.seed}"),
-    )
+    configs = np.array([parse_bits(bits) for bits in job.configs], dtype=np.int8)
+    ranges, generator = (network.activation_ranges, profile.generator(f"comparison, seed {job.seed}"))
     if job.quantizer in (RECONSTRUCTED, TRAINED):
         model = load_folded(profile, data.test.images.device)
     if job.quantizer == RECONSTRUCTED:
         network = reconstruct_in_order(
-            model,
-            layers,
-            configs[0],
-            drawn.calibration,
-            ranges,
-            generator=generator,
-            settings=effort.settings,
+            model, layers, configs[0], drawn.calibration, ranges, generator=generator, settings=effort.settings
         )
     if job.quantizer == TRAINED:
         network = train_quantized(
-            model,
-            layers,
-            configs[0],
-            data.train,
-            ranges,
-            generator=generator,
-            recipe=effort.recipe,
+            model, layers, configs[0], data.train, ranges, generator=generator, recipe=effort.recipe
         )
     seconds = time.perf_counter() - started
     rows = {}
-    for item in itertools.chain.from_iterable(
-        measure(network, data.test, configs)
-    ):
+    for item in itertools.chain.from_iterable(measure(network, data.test, configs)):
         correct = base64.b64encode(np.packbits(item.correct)).decode()
         facts = {"top1": item.top1, "loss": item.loss, "correct": correct}
-        rows[bits_text(item.config)] = facts | {
-            "quantize_seconds": seconds / len(configs)
-        }
+        rows[bits_text(item.config)] = facts | {"quantize_seconds": seconds / len(configs)}
     return rows
 
 
-def _keys(
-    profile: Profile,
-    data: ImageData,
-    wanted: pd.DataFrame,
-    effort: Effort | None,
-) -> list[str]:
+def _keys(profile: Profile, data: ImageData, wanted: pd.DataFrame, effort: Effort | None) -> list[str]:
     """Return a key per row: a hash of everything that it depends on; rounding to nearest has no effort."""
     keys = {}
     for (quantizer, seed), group in wanted.groupby(["quantizer", "seed"]):
-        variant = dataclasses.replace(
-            profile,
-            quantizer=quantizer if quantizer in QUANTIZERS else QUANTIZERS[0],
-        )
+        variant = dataclasses.replace(profile, quantizer=quantizer if quantizer in QUANTIZERS else QUANTIZERS[0])
         configs = np.array([parse_bits(bits) for bits in group["bits"]])
-        plain = row_keys(
-            variant, with_calibration(data, seed), len(data.test), configs
-        )
+        plain = row_keys(variant, with_calibration(data, seed), len(data.test), configs)
         how = (
             {}
             if effort is None
             else {
-                RECONSTRUCTED: [
-                    dataclasses.asdict(effort.settings),
-                    _RECONSTRUCTION,
-                ],
+                RECONSTRUCTED: [dataclasses.asdict(effort.settings), _RECONSTRUCTION],
                 TRAINED: [dataclasses.asdict(effort.recipe), _TRAINING],
             }
         )
         text = to_json(how[quantizer]) if quantizer in how else ""
         for index, key in zip(group.index, plain, strict=True):
-            keys[index] = hashlib.blake2b(
-                f"{quantizer} {text} {key}".encode(), digest_size=12
-            ).hexdigest()
+            keys[index] = hashlib.blake2b(f"{quantizer} {text} {key}".encode(), digest_size=12).hexdigest()
     return [keys[index] for index in wanted.index]
 
 
@@ -501,15 +327,9 @@ def _present_rows(profile: Profile) -> tuple[dict[str, dict], float]:
     """Return key -> row of the study's present table, and the wall time it took."""
     if not has_study(profile, FILE):
         return {}, 0.0
-    table = (
-        pd.read_parquet(checked_path(profile, FILE))
-        .drop_duplicates("key")
-        .set_index("key")
-    )
+    table = pd.read_parquet(checked_path(profile, FILE)).drop_duplicates("key").set_index("key")
     table = table.drop(index=FLOAT, errors="ignore")
-    table["correct"] = table["correct"].map(
-        lambda packed: base64.b64encode(packed).decode()
-    )
+    table["correct"] = table["correct"].map(lambda packed: base64.b64encode(packed).decode())
     return table[KEPT].to_dict("index"), read_manifest(profile)[FILE]["seconds"]
 
 
@@ -517,10 +337,7 @@ def load_comparison(profile: Profile) -> pd.DataFrame:
     """Return the study's table of :func:`build_comparison`, with `hits`: bool arrays, one entry per test image."""
     table = pd.read_parquet(checked_path(profile, FILE))
     hits = [
-        np.unpackbits(
-            np.frombuffer(row.correct, np.uint8), count=row.images
-        ).astype(bool)
-        for row in table.itertuples()
+        np.unpackbits(np.frombuffer(row.correct, np.uint8), count=row.images).astype(bool) for row in table.itertuples()
     ]
     return table.drop(columns="correct").assign(hits=hits)
 
@@ -560,9 +377,7 @@ def mean_of(values: np.ndarray) -> Mean:
     freedom = variance**2 / sum(part**2 / free for part, free in parts)
     margin = stats.t.ppf(0.975, freedom) * variance**0.5
     p_value = 2 * stats.t.sf(abs(value) / variance**0.5, freedom)
-    return Mean(
-        value, value - margin, value + margin, float(p_value), images, seeds
-    )
+    return Mean(value, value - margin, value + margin, float(p_value), images, seeds)
 
 
 def held_out_hits(profile: Profile, table: pd.DataFrame) -> pd.Series:
@@ -577,18 +392,12 @@ def held_out_hits(profile: Profile, table: pd.DataFrame) -> pd.Series:
     Returns:
         series of arrays, index (quantizer, average_bits, proxy).
     """
-    groups = table.sort_values("seed").groupby(
-        ["quantizer", "average_bits", "proxy"], sort=False
-    )
+    groups = table.sort_values("seed").groupby(["quantizer", "average_bits", "proxy"], sort=False)
     first = (profile.bench_images or int(table["images"].iloc[0])) // 2
-    return groups.apply(
-        lambda rows: np.stack(rows["hits"])[:, first:].astype(np.float64)
-    )
+    return groups.apply(lambda rows: np.stack(rows["hits"])[:, first:].astype(np.float64))
 
 
-def compare_methods(
-    profile: Profile, table: pd.DataFrame, method: str
-) -> pd.DataFrame:
+def compare_methods(profile: Profile, table: pd.DataFrame, method: str) -> pd.DataFrame:
     """Return by how much one method's choices are above the others', image by image.
 
     Args:
@@ -608,19 +417,8 @@ def compare_methods(
             own = by_proxy[method]
             for proxy, other in by_proxy.drop(method).items():
                 shared = min(len(own), len(other))
-                found = dataclasses.asdict(
-                    mean_of(own[:shared] - other[:shared])
-                )
-                rows.append(
-                    {
-                        "quantizer": quantizer,
-                        "average_bits": average,
-                        "proxy": proxy,
-                    }
-                    | found
-                )
+                found = dataclasses.asdict(mean_of(own[:shared] - other[:shared]))
+                rows.append({"quantizer": quantizer, "average_bits": average, "proxy": proxy} | found)
     found = pd.DataFrame(rows)
-    adjusted = found.groupby(["quantizer", "average_bits"], sort=False)[
-        "p_value"
-    ].transform(lambda p: holm(list(p)))
+    adjusted = found.groupby(["quantizer", "average_bits"], sort=False)["p_value"].transform(lambda p: holm(list(p)))
     return found.assign(holm=adjusted)

@@ -33,18 +33,12 @@ from book.studies.study import checked_path, study_folder
 PARTIAL = "measured.partial.jsonl"
 
 
-def load_folded(
-    profile: Profile, device: torch.device | str
-) -> torch.fx.GraphModule:
+def load_folded(profile: Profile, device: torch.device | str) -> torch.fx.GraphModule:
     """Return the study's float network with folded batch norm, from the checkpoint in the study's folder."""
-    return fold_batchnorm(
-        load_checkpoint(profile, checked_path(profile, "model.safetensors"))
-    ).to(device)
+    return fold_batchnorm(load_checkpoint(profile, checked_path(profile, "model.safetensors"))).to(device)
 
 
-def build_network(
-    profile: Profile, data: ImageData
-) -> tuple[QuantizedNetwork, pd.DataFrame]:
+def build_network(profile: Profile, data: ImageData) -> tuple[QuantizedNetwork, pd.DataFrame]:
     """Return the study's quantized network and its layer table, from the checkpoint in the study's folder.
 
     Raises:
@@ -59,14 +53,10 @@ def build_network(
             f"{layers['channels'].iloc[-1]} apart. Check the class folders."
         )
     if profile.quantizer == "adaround":
-        bank = adaround.build_adaround_bank(
-            model, layers, profile.choices, data.calibration
-        )
+        bank = adaround.build_adaround_bank(model, layers, profile.choices, data.calibration)
     else:
         bank = build_weight_bank(model, layers, profile.choices)
-    ranges = quantizers.choose_activation_ranges(
-        model, layers, data.calibration, bits=profile.activation_bits
-    )
+    ranges = quantizers.choose_activation_ranges(model, layers, data.calibration, bits=profile.activation_bits)
     return QuantizedNetwork(model, bank, ranges), layers
 
 
@@ -106,33 +96,17 @@ def measure_resumably(
     keys = row_keys(profile, data, len(split), configs)
     finished = PartialRows(study_folder(profile) / PARTIAL)
     measured = dict(known or {}) | finished.read()
-    missing = [
-        config
-        for key, config in zip(keys, configs, strict=True)
-        if key not in measured
-    ]
-    key_of = {
-        tuple(map(int, config)): key
-        for key, config in zip(keys, configs, strict=True)
-    }
-    with tqdm(
-        total=len(configs),
-        initial=len(configs) - len(missing),
-        desc=profile.name,
-        unit="config",
-    ) as progress:
+    missing = [config for key, config in zip(keys, configs, strict=True) if key not in measured]
+    key_of = {tuple(map(int, config)): key for key, config in zip(keys, configs, strict=True)}
+    with tqdm(total=len(configs), initial=len(configs) - len(missing), desc=profile.name, unit="config") as progress:
         started = time.perf_counter()
-        for block in measure_anywhere(
-            profile, network, split, np.array(missing), scheduler
-        ):
+        for block in measure_anywhere(profile, network, split, np.array(missing), scheduler):
             rows = {key_of[item.config]: row_of(item) for item in block}
             finished.append(rows, seconds=time.perf_counter() - started)
             measured |= rows
             started = time.perf_counter()
             progress.update(len(block))
-    return pd.DataFrame(
-        [{"key": key} | dict(measured[key]) for key in keys]
-    ), finished.seconds
+    return pd.DataFrame([{"key": key} | dict(measured[key]) for key in keys]), finished.seconds
 
 
 def row_of(item: Measurement) -> dict[str, float | int]:
@@ -148,31 +122,17 @@ def row_of(item: Measurement) -> dict[str, float | int]:
     }
 
 
-def row_keys(
-    profile: Profile, data: ImageData, images: int, configs: np.ndarray
-) -> list[str]:
+def row_keys(profile: Profile, data: ImageData, images: int, configs: np.ndarray) -> list[str]:
     """Return one hexadecimal key per configuration: a hash of everything that its row depends on."""
     facts = {
         "checkpoint": sha256(study_folder(profile) / "model.safetensors"),
         "images": (data.digest, images),
-        "calibration": hashlib.blake2b(
-            data.calibration.images.cpu().numpy().tobytes(), digest_size=12
-        ).hexdigest(),
-        "quantized": (
-            profile.quantizer,
-            profile.pinned,
-            profile.tied,
-            profile.activation_bits,
-        ),
+        "calibration": hashlib.blake2b(data.calibration.images.cpu().numpy().tobytes(), digest_size=12).hexdigest(),
+        "quantized": (profile.quantizer, profile.pinned, profile.tied, profile.activation_bits),
         "code": code_version(profile.quantizer),
     }
     prefix = to_json(facts).encode()
-    return [
-        hashlib.blake2b(
-            prefix + bytes(map(int, config)), digest_size=12
-        ).hexdigest()
-        for config in configs
-    ]
+    return [hashlib.blake2b(prefix + bytes(map(int, config)), digest_size=12).hexdigest() for config in configs]
 
 
 @functools.cache
@@ -182,21 +142,10 @@ def code_version(quantizer: str) -> str:
     Comments and docstrings do not count, nor does the engine around that code: how work is shared and which
     instructions multiply changes no number, which the tests check.
     """
-    decisive = [
-        fold_batchnorm,
-        quantizers.choose_qparams,
-        quantizers._affine,
-        quantizers._round_trip,
-    ]
-    decisive += [
-        quantizers.QuantizedWeight,
-        quantizers.quantize,
-        quantizers.choose_activation_ranges,
-    ]
+    decisive = [fold_batchnorm, quantizers.choose_qparams, quantizers._affine, quantizers._round_trip]
+    decisive += [quantizers.QuantizedWeight, quantizers.quantize, quantizers.choose_activation_ranges]
     decisive += [quantizers.ActivationRange, networks.QuantizedLayer.forward]
-    return source_hash(
-        *decisive, *([adaround] if quantizer == "adaround" else [])
-    )
+    return source_hash(*decisive, *([adaround] if quantizer == "adaround" else []))
 
 
 class PartialRows:
@@ -218,11 +167,7 @@ class PartialRows:
                 path.write_text("".join(line + "\n" for line in whole))
         lines = [json.loads(line) for line in whole]
         self.seconds = sum(line["seconds"] for line in lines)
-        return dict(
-            itertools.chain.from_iterable(
-                line["rows"].items() for line in lines
-            )
-        )
+        return dict(itertools.chain.from_iterable(line["rows"].items() for line in lines))
 
     def append(self, rows: Mapping[str, Mapping], *, seconds: float) -> None:
         """Add one finished block and the wall time it took.

@@ -12,11 +12,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 
 import torch
-from emq_lib.core.errors import (
-    CorruptArtefactError,
-    MissingArtefactError,
-    StudyBusyError,
-)
+from emq_lib.core.errors import CorruptArtefactError, MissingArtefactError, StudyBusyError
 from emq_lib.core.files import atomic_path, device_name, sha256, to_json
 from emq_lib.core.profiles import Profile
 from filelock import FileLock, Timeout
@@ -25,16 +21,7 @@ from safetensors.torch import save_file
 
 from book.places import REPOSITORY
 
-_RECORDED_PACKAGES = (
-    "torch",
-    "torchvision",
-    "numpy",
-    "scipy",
-    "scikit-learn",
-    "pandas",
-    "pyarrow",
-    "safetensors",
-)
+_RECORDED_PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pandas", "pyarrow", "safetensors")
 
 
 def study_folder(profile: Profile) -> pathlib.Path:
@@ -73,19 +60,11 @@ def read_manifest(profile: Profile) -> dict[str, dict]:
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise CorruptArtefactError(
-            f"{path} is not valid JSON ({error}). Restore or rebuild it."
-        ) from error
+        raise CorruptArtefactError(f"{path} is not valid JSON ({error}). Restore or rebuild it.") from error
 
 
 def record(
-    profile: Profile,
-    filename: str,
-    *,
-    command: str,
-    seconds: float,
-    rows: int | None = None,
-    note: str = "",
+    profile: Profile, filename: str, *, command: str, seconds: float, rows: int | None = None, note: str = ""
 ) -> None:
     """Enter a file that was just written into the study's manifest.
 
@@ -105,10 +84,7 @@ def record(
         "command": command,
         "seed": profile.seed,
         "commit": _commit(),
-        "versions": {
-            name: importlib.metadata.version(name)
-            for name in _RECORDED_PACKAGES
-        },
+        "versions": {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES},
         "python": platform.python_version(),
         "device": device_name(),
         "seconds": round(seconds, 1),
@@ -131,9 +107,7 @@ def checked_path(profile: Profile, filename: str) -> pathlib.Path:
         raise MissingArtefactError(f"{path} does not exist. {remedy}")
     entry = read_manifest(profile).get(filename)
     if entry is None:
-        raise MissingArtefactError(
-            f"{path} is not listed in manifest.json, so nothing vouches for it. {remedy}"
-        )
+        raise MissingArtefactError(f"{path} is not listed in manifest.json, so nothing vouches for it. {remedy}")
     if sha256(path) != entry["sha256"]:
         raise CorruptArtefactError(
             f"{path} does not match the SHA-256 in manifest.json: truncated or altered. {remedy}"
@@ -142,10 +116,7 @@ def checked_path(profile: Profile, filename: str) -> pathlib.Path:
 
 
 def save_tensors(
-    profile: Profile,
-    filename: str,
-    tensors: Mapping[str, torch.Tensor],
-    facts: Mapping[str, object],
+    profile: Profile, filename: str, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, object]
 ) -> None:
     """Write tensors, and facts about them, as one safetensors file of the study; same content, same bytes.
 
@@ -169,17 +140,10 @@ def read_facts(profile: Profile, filename: str) -> dict:
 def _commit() -> str:
     """Return the commit of the working tree, with "+changes" if it differs; "unknown" outside a checkout."""
     try:
-        run = {
-            "cwd": REPOSITORY,
-            "capture_output": True,
-            "text": True,
-            "check": True,
-        }
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], **run
-        ).stdout.strip()
+        run = {"cwd": REPOSITORY, "capture_output": True, "text": True, "check": True}
+        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
         changed = subprocess.run(
-            ["git", "status", "--porcelain", "--", "emq_lib"], **run
+            ["git", "status", "--porcelain", "--", "emq_lib", "book/studies"], **run
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -5,17 +5,15 @@ Explained in chapter 01.
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 
-from book.studies.bench import load_layers
-from book.studies.study import checked_path
+from emq_lib.core.configs import bits_text
 from emq_lib.core.costs import CostTable, bops_cost, choice_indices, size_cost
 from emq_lib.core.errors import (
     ConfigNotFoundError,
@@ -24,7 +22,7 @@ from emq_lib.core.errors import (
     InvalidParameterError,
     MissingArtefactError,
 )
-from emq_lib.core.profiles import Profile, get_profile
+from emq_lib.core.files import read_table, vouched_path
 
 COLUMNS = (
     "key",
@@ -43,47 +41,58 @@ COLUMNS = (
 )
 SAMPLES = ("random", "stratified", "one-off", "uniform", "one-bit")
 MEASURED = ("top1", "loss", "correct_a", "correct_b", "n_a", "n_b")
+BENCH, LAYERS = "bench.parquet", "layers.csv"
 
 
 @dataclass(frozen=True)
 class Bench:
-    """The measured configurations of one study.
+    """The measured configurations of one study under one quantizer.
 
     Attributes:
-        profile: the study.
+        name: of the study.
         table: one row per configuration, columns as in :data:`COLUMNS`.
+        layers: the network's layer table, see :func:`emq_lib.core.graphs.describe_layers`.
     """
 
-    profile: Profile
+    name: str
     table: pd.DataFrame
+    layers: pd.DataFrame
 
     @classmethod
-    def load(cls, profile: Profile | str, quantizer: str | None = None) -> Bench:
-        """Load a study's bench after checking it against the manifest.
+    def read(cls, folder: pathlib.Path | str, quantizer: str = "rtn") -> Bench:
+        """Read the bench of a study's folder after checking its files against the manifest there.
 
         Args:
-            profile: the study or its name.
-            quantizer: "rtn" or "adaround"; by default the profile's.
+            folder: e.g. ``data/cifar10-resnet20``.
+            quantizer: "rtn" (to nearest) or "adaround" (learned rounding).
 
         Raises:
-            UnknownProfileError: no such profile.
-            MissingArtefactError: the bench was not built, or not with this quantizer.
-            CorruptArtefactError: the file is truncated or altered.
+            MissingArtefactError: there is no bench, or none with this quantizer.
+            CorruptArtefactError: a file is truncated or altered.
         """
-        profile = get_profile(profile) if isinstance(profile, str) else profile
-        profile = dataclasses.replace(profile, quantizer=quantizer or profile.quantizer)
-        table = _read_table(checked_path(profile, "bench.parquet"))
-        chosen = table[table["quantizer"] == profile.quantizer]
+        folder = pathlib.Path(folder)
+        table = read_bench(vouched_path(folder, BENCH))
+        chosen = table[table["quantizer"] == quantizer]
         if chosen.empty:
             raise MissingArtefactError(
-                f"The bench of {profile.name!r} has no rows of {profile.quantizer!r}, only of "
+                f"The bench of {folder.name!r} has no rows of {quantizer!r}, only of "
                 f"{', '.join(table['quantizer'].unique())}. Measure them: build_bench(quantizer=...)."
             )
-        return cls(profile, chosen.reset_index(drop=True))
+        return cls(folder.name, chosen.reset_index(drop=True), read_layers(vouched_path(folder, LAYERS)))
 
     def __len__(self) -> int:
         """Return the number of configurations."""
         return len(self.table)
+
+    @property
+    def quantizer(self) -> str:
+        """How weights were rounded, "rtn" or "adaround"."""
+        return str(self.table["quantizer"].iloc[0])
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """The widths that a proxy chooses from: all measured ones, without those that only the sample "one-bit" has."""
+        return _widths(self.table[self.table["sample"] != "one-bit"])
 
     @property
     def configs(self) -> np.ndarray:
@@ -110,16 +119,16 @@ class Bench:
 
         Raises:
             ConfigLengthError: the configuration does not have one entry per searchable layer.
-            InvalidBitsError: a width is not among the choices.
+            InvalidBitsError: a width that no configuration of the bench has.
             ConfigNotFoundError: it was not measured.
         """
         configs = self.configs
-        choice_indices(config, self.profile.choices, configs.shape[1])
+        choice_indices(config, _widths(self.table), configs.shape[1])
         rows = np.flatnonzero((configs == np.asarray(config)).all(axis=1))
         if not len(rows):
             raise ConfigNotFoundError(
-                f"{tuple(map(int, config))} is not among the {len(self)} configurations of {self.profile.name!r}. "
-                "Measure it with emq_lib.bench.measure."
+                f"{tuple(map(int, config))} is not among the {len(self)} configurations of {self.name!r}. "
+                "Measure it with emq_lib.bench.engine.measure."
             )
         return self.table.iloc[rows[0]]
 
@@ -132,8 +141,8 @@ class Bench:
         chosen = self.table[self.table["sample"] == sample]
         if chosen.empty:
             known = ", ".join(sorted(self.table["sample"].unique()))
-            raise InvalidParameterError(f"the bench of {self.profile.name!r} has no sample {sample!r}; it has {known}.")
-        return Bench(self.profile, chosen.reset_index(drop=True))
+            raise InvalidParameterError(f"the bench of {self.name!r} has no sample {sample!r}; it has {known}.")
+        return self._of(chosen)
 
     def within(self, *, size: tuple[float, float] | None = None, bops: tuple[float, float] | None = None) -> Bench:
         """Return the configurations whose packed size (bytes) and bit operations lie in the ranges, ends included."""
@@ -141,18 +150,17 @@ class Bench:
         for column, bounds in (("size_bytes", size), ("bops", bops)):
             if bounds is not None:
                 table = table[table[column].between(*bounds)]
-        return Bench(self.profile, table.reset_index(drop=True))
+        return self._of(table)
 
     def sample(self, count: int, *, rng: np.random.Generator) -> Bench:
         """Return `count` of the configurations, drawn without repetition, in the order of the table.
 
         Raises:
-            InvalidParameterError: there are fewer.
+            InvalidParameterError: there are fewer, or the number is negative.
         """
-        if count > len(self):
+        if not 0 <= count <= len(self):
             raise InvalidParameterError(f"asked for {count} of {len(self)} configurations.")
-        rows = np.sort(rng.choice(len(self), size=count, replace=False))
-        return Bench(self.profile, self.table.iloc[rows].reset_index(drop=True))
+        return self._of(self.table.iloc[np.sort(rng.choice(len(self), size=count, replace=False))])
 
     def best(self, *, size: float = np.inf, bops: float = np.inf) -> pd.Series:
         """Return the row with the highest top-1 whose packed size (bytes) and bit operations keep the budgets.
@@ -172,35 +180,85 @@ class Bench:
         """Return a copy of the table, to change at will."""
         return self.table.copy()
 
-    def split(self, sample: str = "random", *, rng: np.random.Generator | None = None) -> tuple[Bench, Bench]:
+    def split(self, sample: str = "random") -> tuple[Bench, Bench]:
         """Return the search half and the held-out half of a sample's configurations.
+
+        A configuration's half follows from its bits alone (:func:`is_held_out`): a bench that grows keeps its halves,
+        and a configuration that is held out is held out of every sample and under every quantizer.
 
         Args:
             sample: one of :data:`SAMPLES`.
-            rng: source of the split; by default the study's own stream, so that every chapter sees the same halves.
         """
-        table = self.select(sample).table
-        order = (rng or self.profile.rng("split")).permutation(len(table))
-        halves = np.sort(order[: len(table) // 2]), np.sort(order[len(table) // 2 :])
-        search, heldout = (Bench(self.profile, table.iloc[half].reset_index(drop=True)) for half in halves)
-        return search, heldout
+        part = self.select(sample)
+        held = np.array([is_held_out(config) for config in part.configs])
+        return part._of(part.table[~held]), part._of(part.table[held])
 
     def cost(self, name: str) -> CostTable:
-        """Return the study's cost table "size" or "BOPs"."""
-        layers = load_layers(self.profile)
-        tables = {
-            "size": size_cost(layers, self.profile.choices),
-            "BOPs": bops_cost(layers, self.profile.choices, activation_bits=self.profile.activation_bits),
-        }
-        return tables[name]
+        """Return the cost table "size" or "BOPs" of the bench's choices.
+
+        Raises:
+            InvalidParameterError: another name.
+        """
+        if name == "size":
+            return size_cost(self.layers, self.choices)
+        if name == "BOPs":
+            return bops_cost(self.layers, self.choices, activation_bits=self._activation_bits())
+        raise InvalidParameterError(f"unknown cost {name!r}; there are size and BOPs.")
+
+    def _activation_bits(self) -> int:
+        """Return the width of activations: bit operations are proportional to it."""
+        row = self.table.iloc[0]
+        widths = _widths(self.table)
+        return int(row["bops"] // bops_cost(self.layers, widths, activation_bits=1).total([row["bits"]], widths)[0])
+
+    def _of(self, rows: pd.DataFrame) -> Bench:
+        return replace(self, table=rows.reset_index(drop=True))
 
 
-def _read_table(path: pathlib.Path) -> pd.DataFrame:
-    """Read a bench and check its columns."""
-    try:
-        table = pd.read_parquet(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise CorruptArtefactError(f"{path} is not a parquet file ({error}). Restore or rebuild it.") from error
-    if absent := sorted(set(COLUMNS) - {"key"} - set(table.columns)):  # a key is needed to extend, not to read
-        raise CorruptArtefactError(f"{path} lacks the columns {absent}. Restore or rebuild it.")
+def is_held_out(config: Sequence[int]) -> bool:
+    """Return whether a configuration belongs to the held-out half: a bit of a hash of its widths.
+
+    >>> [is_held_out(config) for config in [(2, 2), (2, 3), (3, 2), (3, 3)]]
+    [True, True, False, True]
+    """
+    return bool(hashlib.blake2b(bits_text(config).encode(), digest_size=1).digest()[0] & 1)
+
+
+def _widths(table: pd.DataFrame) -> tuple[int, ...]:
+    return tuple(map(int, np.unique(np.concatenate(table["bits"].to_numpy()))))
+
+
+def read_bench(path: pathlib.Path) -> pd.DataFrame:
+    """Read the table of a bench, all quantizers, and check its columns and its numbers.
+
+    Raises:
+        CorruptArtefactError: not a parquet file, or a column is missing or holds what cannot be.
+    """
+    table = read_table(path, dict.fromkeys(sorted(set(COLUMNS) - {"key"})))  # a key is needed to extend, not to read
+    numbers = table[list(MEASURED)].apply(pd.to_numeric, errors="coerce")
+    halves = [(numbers[f"correct_{half}"], numbers[f"n_{half}"]) for half in "ab"]
+    odd = {
+        "a number that is none": not np.isfinite(numbers.to_numpy(dtype=np.float64)).all(),
+        "a top-1 outside 0 to 100": not numbers["top1"].between(0, 100).all(),
+        "more correct images than images": any(
+            (correct > count).any() or (correct < 0).any() for correct, count in halves
+        ),
+        "a configuration twice": table.duplicated(["quantizer", "config_id"]).any(),
+        "configurations of different lengths": table["bits"].map(np.size).nunique() != 1,
+    }
+    if found := [what for what, is_so in odd.items() if is_so]:
+        raise CorruptArtefactError(f"{path} holds {', '.join(found)}. Restore or rebuild it.")
+    return table
+
+
+def read_layers(path: pathlib.Path) -> pd.DataFrame:
+    """Read a layer table.
+
+    Raises:
+        CorruptArtefactError: not such a table.
+    """
+    needed = dict.fromkeys(("kind", "parameters", "channels", "biases", "macs", "searchable", "slot", "pinned_bits"))
+    table = read_table(path, needed | {"name": str})  # names may look like numbers
+    if table.empty or table.isna().any(axis=None):
+        raise CorruptArtefactError(f"{path} has no rows, or empty cells. Restore or rebuild it.")
     return table

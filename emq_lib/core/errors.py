@@ -39,6 +39,14 @@ class CorruptArtefactError(EMQError, ValueError):
     """A file of a study is truncated, altered or does not match its manifest."""
 
 
+class StaleArtefactError(EMQError, ValueError):
+    """A file of a study that was made from other files, or by other code, than those there now."""
+
+
+class UnwritablePathError(EMQError, OSError):
+    """A place where nothing can be written."""
+
+
 class DiskFullError(EMQError, OSError):
     """No room for a file that is being written."""
 

@@ -1,224 +1,18 @@
-"""What chapters need and nothing else: their start, claims and the ledger, sources shown in place, and plots."""
+"""Plots: each draws what it is given, and nothing else."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import inspect
-import json
-import math
-import os
-import pathlib
-import re
-import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from IPython.display import HTML, Markdown, display
+from emq_lib.evolution.genotypes import Genotype, canonical
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from myst_nb import glue
-from pandas.core.groupby import SeriesGroupBy
-from scipy import stats
 
-from book.places import REPOSITORY
-from book.studies.study import read_manifest
-from emq_lib.core.errors import ClaimError, InvalidParameterError
-from emq_lib.core.profiles import PRINTED, Profile, get_profile
-from emq_lib.evolution.genotypes import Genotype, canonical
-from emq_lib.palette import COLOURS, PLAIN, SAMPLE_COLOURS, shades
-
-
-@dataclasses.dataclass(frozen=True)
-class Chapter:
-    """A running chapter: its name, the study it shows, and whether it computes that study afresh."""
-
-    name: str
-    profile: Profile
-    rebuild: bool
-
-    @property
-    def as_printed(self) -> bool:
-        """Whether this is the study that the text speaks of: another one, or another seed, may find otherwise."""
-        return self.profile == get_profile(PRINTED)
-
-    def study(self, name: str) -> Profile:
-        """Return the profile of that name, with the chapter's own seed if it is the chapter's study.
-
-        Raises:
-            UnknownProfileError: no such profile.
-        """
-        return self.profile if name == self.profile.name else get_profile(name)
-
-    @property
-    def ledger(self) -> pathlib.Path:
-        """File that takes this chapter's claims."""
-        folder = os.environ.get("EMQ_LEDGER_DIR") or REPOSITORY / "_build" / self.profile.name / "ledger"
-        return pathlib.Path(folder) / f"{self.name}.jsonl"
-
-    def claim(
-        self,
-        key: str,
-        sentence: str,
-        value: float,
-        *,
-        within: tuple[float, float] | Mapping[str, tuple[float, float]],
-        interval: tuple[float, float] | None = None,
-        n: int | None = None,
-        paper: str = "",
-        reported: tuple[float, float] | None = None,
-    ) -> Markdown:
-        """State a number, check it, glue it under its key, and enter it into the ledger.
-
-        Args:
-            key: name for glue; its parts (`key_lo`, `key_hi`) are glued too when an interval is given.
-            sentence: text with a place ``{}`` (or ``{:.1f}``) for the value.
-            value: the number, computed.
-            within: (lo, hi) that it must lie in, or such bounds by profile name; another study's number is entered
-                without a bound, and so is one that another seed drew.
-            interval: 95 % interval, if the number is an estimate.
-            n: number of observations behind it.
-            paper: what the paper reports, with the source of that knowledge.
-            reported: the paper's number as an interval, 95 % where it is an estimate; with equal ends if it is exact.
-
-        Returns:
-            the sentence with its value, to be shown as the cell's output.
-
-        Raises:
-            ClaimError: the number lies outside its bounds.
-        """
-        value = float(value)
-        bounds = within
-        if isinstance(within, Mapping):
-            published = self.profile == get_profile(self.profile.name)
-            bounds = within.get(self.profile.name) if published else None
-        if not math.isfinite(value) or (bounds and not bounds[0] <= value <= bounds[1]):
-            raise ClaimError(
-                f"claim {key!r}: {value} is not within {bounds}. The text around it no longer holds; revise both."
-            )
-        text = sentence.format(value)
-        glue(key, value, display=False)
-        if interval:
-            glue(f"{key}_lo", float(interval[0]), display=False)
-            glue(f"{key}_hi", float(interval[1]), display=False)
-            low, high = (re.search(r"{.*?}", sentence)[0].format(end) for end in interval)
-            words = text.rstrip(".,;")
-            text = f"{words} (95 % interval {low} to {high}" + (f", n = {n})" if n else ")") + text[len(words) :]
-        row = {
-            "key": key,
-            "sentence": sentence.format(value),
-            "value": value,
-            "lo": interval[0] if interval else None,
-            "hi": interval[1] if interval else None,
-            "n": n,
-            "bounds": bounds,
-            "paper": paper,
-            "agrees": _agreement(interval or (value, value), reported) if reported else "",
-        }
-        with self.ledger.open("a") as file:
-            file.write(json.dumps(row, default=float) + "\n")
-        return Markdown(text)
-
-
-def _agreement(ours: tuple[float, float], theirs: tuple[float, float]) -> str:
-    """Say whether two intervals overlap, and otherwise which one lies higher."""
-    if ours[0] > theirs[1]:
-        return "no, higher here"
-    return "no, lower here" if ours[1] < theirs[0] else "yes"
-
-
-def start_chapter(name: str, profile: str, rebuild: bool, seed: int = 0) -> Chapter:
-    """Check a chapter's parameters, say what made it, set the style of figures, and open a fresh page of the ledger.
-
-    Raises:
-        UnknownProfileError: no such profile.
-        InvalidParameterError: REBUILD is no boolean, SEED no whole number, or the study's files have another seed.
-    """
-    if not isinstance(rebuild, bool):
-        raise InvalidParameterError(f"REBUILD must be True or False, got {rebuild!r}.")
-    if not isinstance(seed, int) or seed < 0:
-        raise InvalidParameterError(f"SEED must be a whole number, 0 or more, got {seed!r}.")
-    published = get_profile(profile)
-    study = dataclasses.replace(published, seed=published.seed + seed)
-    if not rebuild and any(entry["seed"] != study.seed for entry in read_manifest(study).values()):
-        raise InvalidParameterError(
-            f"The files of {profile} were not made with SEED = {seed}. "
-            f"make book PROFILE={profile} SEED={seed} REBUILD=1 makes a study of its own, beside the published one."
-        )
-    chapter = Chapter(name, study, rebuild)
-    plt.style.use(REPOSITORY / "book" / "emq.mplstyle")
-    chapter.ledger.parent.mkdir(parents=True, exist_ok=True)
-    chapter.ledger.write_text("")
-    display(Markdown(_made_by(name, {"PROFILE": profile, "REBUILD": rebuild, "SEED": seed})))
-    return chapter
-
-
-def _made_by(name: str, parameters: Mapping[str, object]) -> str:
-    """Return the command that makes a chapter as it is shown, and what it cost when that was last measured."""
-    given = " ".join(f"-p {key} {value}" for key, value in parameters.items())
-    costs = read_costs().query("chapter == @name and study == @parameters['PROFILE']")
-    measured = [f"{row.seconds:.0f} s and {row.memory:.1f} GiB ({row.device})" for row in costs.itertuples()]
-    cost = f"\n\nTime and memory, as last measured: {'; '.join(measured)}." if measured else ""
-    return f"```bash\npapermill book/{name}.ipynb _build/{name}.ipynb {given}\n```{cost}"
-
-
-def read_costs() -> pd.DataFrame:
-    """Return what chapters took: columns device, study, chapter, seconds, memory and gpu_memory (both in GiB)."""
-    path = REPOSITORY / "benchmarks" / "chapters.json"
-    rows = [
-        (device, study, chapter, cost["seconds"], cost["memory_bytes"] / 2**30, cost["gpu_memory_bytes"] / 2**30)
-        for device, studies in (json.loads(path.read_text()) if path.is_file() else {}).items()
-        for study, chapters in studies.items()
-        for chapter, cost in chapters.items()
-    ]
-    return pd.DataFrame(rows, columns=["device", "study", "chapter", "seconds", "memory", "gpu_memory"])
-
-
-def read_rebuild_costs(studies: Sequence[str]) -> pd.DataFrame:
-    """Return what computing studies took according to their manifests: columns study, device, files and hours."""
-    rows = [
-        (study, entry["device"], entry["seconds"] / 3600)
-        for study in studies
-        for entry in read_manifest(get_profile(study)).values()
-    ]
-    table = pd.DataFrame(rows, columns=["study", "device", "hours"])
-    return table.groupby(["study", "device"], sort=False)["hours"].agg(files="size", hours="sum").reset_index()
-
-
-def read_ledger(chapter: Chapter) -> pd.DataFrame:
-    """Return the claims of all chapters that ran on this study, one row each, with the chapter's name in front."""
-    rows = [
-        {"chapter": path.stem} | json.loads(line)
-        for path in sorted(chapter.ledger.parent.glob("*.jsonl"))
-        for line in path.read_text().splitlines()
-    ]
-    return pd.DataFrame(rows)
-
-
-def show_source(*functions: object) -> None:
-    """Show the library's source of functions or classes in place."""
-    display(Markdown(source_block(*functions)))
-
-
-def source_block(*functions: object) -> str:
-    """Return the source of functions or classes as one block of markdown."""
-    source = "\n\n".join(textwrap.dedent(inspect.getsource(function)).rstrip() for function in functions)
-    return f"```python\n{source}\n```"
-
-
-def show_table(table: pd.DataFrame, *, decimals: int = 2) -> None:
-    """Show a table without its index, numbers rounded."""
-    table = table.rename(columns=lambda name: f"{name:g}" if isinstance(name, float) else name)
-    texts = [name for name in table.columns if table[name].astype(str).str.contains(" [a-zA-Z]").any()]
-    prose = {"text-align": "left", "white-space": "normal", "min-width": "16em"}
-    uuid = hashlib.blake2b(table.to_csv().encode(), digest_size=4).hexdigest()  # the same table, the same page
-    style = table.style.set_uuid(uuid).format(precision=decimals, na_rep="–").hide(axis="index")
-    headings = {name: [{"selector": "th", "props": [("text-align", "left")]}] for name in texts}
-    style.set_properties(subset=texts, **prose).set_table_styles(headings, overwrite=False)
-    display(HTML(style.to_html()))
+from book.making.palette import COLOURS, PLAIN, SAMPLE_COLOURS, shades
 
 
 def plot_histogram(values: np.ndarray, marks: Mapping[str, float], *, xlabel: str, ax: Axes | None = None) -> Axes:
@@ -361,39 +155,6 @@ def plot_interactions(effects: np.ndarray, marks: np.ndarray, *, names: Sequence
     return ax
 
 
-def with_interval(table: pd.DataFrame, value: str, lo: str, hi: str, *, decimals: int = 2) -> list[str]:
-    """Return a table's estimates as texts "value [lo, hi]"; a dash where there is none."""
-    return [
-        "–" if math.isnan(row[0]) else "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*row, d=decimals)
-        for row in table[[value, lo, hi]].to_numpy()
-    ]
-
-
-def mean_with_interval(groups: SeriesGroupBy) -> pd.DataFrame:
-    """Return, per group of runs, the columns mean, lo and hi (a 95 % t interval over the runs) and n; NaN do not count.
-
-    >>> mean_with_interval(pd.Series([1.0, 3.0]).groupby([0, 0])).round(1).to_dict("records")
-    [{'mean': 2.0, 'lo': -10.7, 'hi': 14.7, 'n': 2}]
-    """
-    table = groups.agg(["mean", "sem", "count"])
-    half = table["sem"] * stats.t.ppf(0.975, table["count"] - 1)
-    ends = {"lo": table["mean"] - half, "hi": table["mean"] + half}
-    return table.assign(**ends, n=table["count"])[["mean", "lo", "hi", "n"]]
-
-
-def difference_of_means(one: pd.Series, two: pd.Series) -> tuple[float, tuple[float, float], int]:
-    """Return by how much the first runs' mean exceeds the second's, Welch's 95 % interval, and how many the first are.
-
-    NaN do not count.
-
-    >>> difference_of_means(pd.Series([2.0, 4.0, 6.0]), pd.Series([1.0, 2.0, 3.0]))[0]
-    2.0
-    """
-    one, two = one.dropna(), two.dropna()
-    ends = stats.ttest_ind(one, two, equal_var=False).confidence_interval(0.95)
-    return float(one.mean() - two.mean()), (float(ends.low), float(ends.high)), len(one)
-
-
 def plot_forest(
     table: pd.DataFrame,
     *,
@@ -488,7 +249,7 @@ def plot_quality(table: pd.DataFrame, *, labelled: Sequence[str], ax: Axes | Non
             texts.append(ax.text(x, row.rho100, row.proxy, fontsize=7.5, color=colour))
     ax.set(xlabel="seconds", ylabel="rho on the held-out half")
     ax.margins(x=0.15)
-    points = table["seconds"].clip(lower=1e-3).to_numpy(), table["rho100"].to_numpy()
+    points = (table["seconds"].clip(lower=1e-3).to_numpy(), table["rho100"].to_numpy())
     adjust_text(texts, *points, ax=ax, arrowprops={"arrowstyle": "-", "color": "#808080", "linewidth": 0.6})
     return ax
 
@@ -574,7 +335,7 @@ def plot_quantizers(panels: Mapping[str, pd.Series], *, float_top1: float) -> Fi
     figure, axes = plt.subplots(1, len(panels), figsize=(6.5, 3.6), sharey=True, squeeze=False)
     for (quantizer, means), ax in zip(panels.items(), axes[0], strict=True):
         for proxy, group in means.groupby(level="proxy", sort=False):
-            ordered, colour = group.droplevel("proxy").sort_index(), COLOURS[proxy]
+            ordered, colour = (group.droplevel("proxy").sort_index(), COLOURS[proxy])
             values = np.array([(mean.value, mean.lo, mean.hi) for mean in ordered])
             wide = proxy == "random"  # its interval spans configurations, and would hide the others
             errors = None if wide else np.abs(values[:, 1:] - values[:, :1]).T

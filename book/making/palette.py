@@ -1,5 +1,7 @@
 """The palette: a colour means one method throughout, and each is legible on white and on near-black."""
 
+from __future__ import annotations
+
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -36,14 +38,12 @@ COLOURS = {
     "evolution": "#d55e00",
     "random search": "#b0b0b0",
 }
-
 SAMPLE_COLOURS = {
     "random": COLOURS["random"],
     "stratified": "#5b5fc7",
     "one-off": "#c9577a",
     "uniform": COLOURS["uniform"],
 }
-
 PLAIN = "#708090"  # what is no method and no sample
 
 

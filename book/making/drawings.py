@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 
-from emq_lib.palette import COLOURS
+from book.making.palette import COLOURS
 
 BITS = (4, 2, 3, 2)
 TITLE = "EMQ, rebuilt"

@@ -6,8 +6,8 @@ import jupytext
 import nbformat
 import pytest
 
+from book.making import publishing, slides
 from book.places import REPOSITORY
-from emq_lib import publishing, slides
 
 CHAPTERS = [name for name in publishing.chapter_names() if name[0].isdigit()]
 LEVELS = {"by hand", "from data/", "longer"}

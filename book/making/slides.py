@@ -15,12 +15,12 @@ import re
 import shutil
 
 import nbformat
+from emq_lib.core.errors import EMQError
 from nbconvert import SlidesExporter
 from nbformat import NotebookNode, v4
 from pybtex.database import BibliographyData, parse_file
 
 from book.places import REPOSITORY
-from emq_lib.core.errors import EMQError
 
 CODE = "slide-code"
 SIZE = ("1280", "720")  # of a slide, in pixels
@@ -122,7 +122,7 @@ def _shown(cell: NotebookNode, kind: str, values: dict[str, float], works: Bibli
     ]
     if figure := cell.metadata.get("mystnb"):
         (output,) = [output for output in cell.outputs if "image/png" in output.get("data", {})]
-        alt, image = html.escape(figure["image"]["alt"]), output.data["image/png"].strip()
+        alt, image = (html.escape(figure["image"]["alt"]), output.data["image/png"].strip())
         caption = html.escape(_resolved(figure["figure"]["caption"], values, works))
         shown = f'<img alt="{alt}" src="data:image/png;base64,{image}"><figcaption>{caption}</figcaption>'
         cell.outputs = [v4.new_output("display_data", data={"text/html": f"<figure>{shown}</figure>"})]

@@ -3,7 +3,7 @@
 import nbformat
 import pytest
 
-from emq_lib import publishing
+from book.making import publishing
 
 
 @pytest.fixture(scope="module")

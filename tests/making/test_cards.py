@@ -1,7 +1,7 @@
 """Data cards say what is in the files, and say so when there are none."""
 
+from book.making.cards import describe
 from emq_lib.bench.table import Bench
-from emq_lib.cards import describe
 from emq_lib.core.profiles import get_profile
 
 

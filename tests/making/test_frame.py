@@ -13,9 +13,9 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from book.making import publishing, tables
 from book.places import REPOSITORY
 from book.studies.bench import has_study
-from emq_lib import publishing, report
 from emq_lib.core.profiles import get_profile
 
 CHAPTERS = publishing.chapter_names()
@@ -106,7 +106,7 @@ def test_sources_shown_on_pages_are_those_of_the_library(name):
         for call in ast.walk(tree):
             if isinstance(call, ast.Call) and ast.unparse(call.func) == "show_source":
                 paths = [ast.unparse(argument).split(".") for argument in call.args]
-                shown = report.source_block(*(functools.reduce(getattr, rest, names[first]) for first, *rest in paths))
+                shown = tables.source_block(*(functools.reduce(getattr, rest, names[first]) for first, *rest in paths))
                 assert shown in [output.get("data", {}).get("text/markdown") for output in cell.outputs], call.lineno
 
 

@@ -18,16 +18,16 @@ import jupytext
 import nbformat
 import papermill
 import yaml
+from emq_lib.core.errors import EMQError
+from emq_lib.core.profiles import PRINTED, get_profile
 from nbconvert.preprocessors import TagRemovePreprocessor
 from papermill.exceptions import PapermillExecutionError
 
+from book.making import drawings, pages, slides
 from book.places import REPOSITORY, repository_address
-from emq_lib import drawings, pages, slides
-from emq_lib.core.errors import EMQError
-from emq_lib.core.profiles import PRINTED, get_profile
 
 KERNEL = "python3"
-INJECTED, MEASURING = "injected-parameters", "measures-memory"  # tags of cells that are not the chapter's
+INJECTED, MEASURING = ("injected-parameters", "measures-memory")  # tags of cells that are not the chapter's
 HEADLINE = "headline"  # tag of the cell whose figure stands in the README
 SOLUTION = "solution"  # tag of the cells that students do not get
 COSTS = REPOSITORY / "benchmarks" / "chapters.json"
@@ -37,7 +37,7 @@ FINGERPRINT = "emq"  # key of a notebook's metadata
 MEASURE_MEMORY = """
 import json, resource
 import torch
-from emq_lib.artefacts import device_name
+from emq_lib.core.files import device_name
 peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
 gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 print(json.dumps({"device": device_name(), "memory_bytes": 1024 * sum(peaks), "gpu_memory_bytes": gpu}))
@@ -239,7 +239,7 @@ def _link_other_studies(root: pathlib.Path, own: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m emq_lib.publishing", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m book.making.publishing", description=__doc__)
     parser.add_argument("action", choices=("book", "notebooks", "pages", "slides", "student"))
     parser.add_argument("--profile", default=PRINTED, help="study that the chapters show")
     parser.add_argument("--rebuild", action="store_true", help="compute the study afresh instead of reading it")

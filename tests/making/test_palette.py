@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from emq_lib import palette
+from book.making import palette
 
 SAME = ({"evolved", "evolution"}, {"random", "random search"})  # a proxy's name and that of the search that found it
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pandas as pd
-
-from book.studies.bench import has_study, load_layers
-from book.studies.study import read_facts, read_manifest, study_folder
 from emq_lib.bench.table import SAMPLES, Bench
 from emq_lib.core.errors import MissingArtefactError
 from emq_lib.core.profiles import QUANTIZERS, Profile
 from emq_lib.proxies import intervals, oracles
+
+from book.studies.bench import has_study, load_layers
+from book.studies.study import read_facts, read_manifest, study_folder
 
 LICENCE = "tables, checkpoint and this card: CC BY 4.0; code: MIT. Images are not included and keep their own terms."
 CITATION = "CITATION.cff of this book, with the profile's name and the commit above"
@@ -62,7 +62,7 @@ def limits(profile: Profile) -> str:
 
 def _network(profile: Profile) -> dict[str, str]:
     """Describe the network and its checkpoint."""
-    layers, facts = load_layers(profile), read_facts(profile, "model.safetensors")
+    layers, facts = (load_layers(profile), read_facts(profile, "model.safetensors"))
     entry = read_manifest(profile)["model.safetensors"]
     kilobytes = (study_folder(profile) / "model.safetensors").stat().st_size / 2**10
     searchable, slots = layers["searchable"].sum(), layers["slot"].max() + 1
@@ -87,7 +87,10 @@ def _bench(bench: Bench) -> dict[str, str]:
     for sample in ("random", "one-bit"):
         if sample in counts:
             some = bench.select(sample)
-            top1, ceiling = some.top1, intervals.noise_ceiling(some.half_a, some.half_b, rng=bench.profile.rng("card"))
+            top1, ceiling = (
+                some.top1,
+                intervals.noise_ceiling(some.half_a, some.half_b, rng=bench.profile.rng("card")),
+            )
             rows[f"{name}, {sample}: top-1"] = (
                 f"{top1.min():.1f} to {top1.max():.1f} %, mean {top1.mean():.2f}, "
                 f"standard deviation {top1.std(ddof=1):.2f}"

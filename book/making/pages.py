@@ -28,6 +28,7 @@ _UNWANTED = tuple(
         r'(?<=<div) role="list"(?= class="citation-list">)',  # its children are not list items
     )
 )
+
 # What MathJax's one file loads on demand; the rest of its folder is other builds of the same.
 _MATHJAX = ("tex-chtml.js", "output/chtml/fonts", "input/tex/extensions")
 

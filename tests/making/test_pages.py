@@ -11,8 +11,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
 
+from book.making import drawings, pages, publishing
 from book.places import REPOSITORY
-from emq_lib import drawings, pages, publishing
 
 WIDTHS = (390, 1024, 1600)
 SERIOUS = ("serious", "critical")

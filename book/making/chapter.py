@@ -1,0 +1,187 @@
+"""The start of a chapter, its claims, and the ledger."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from emq_lib.core.errors import ClaimError, InvalidParameterError
+from emq_lib.core.profiles import PRINTED, Profile, get_profile
+from IPython.display import Markdown, display
+from myst_nb import glue
+
+from book.places import REPOSITORY
+from book.studies.study import read_manifest
+
+
+@dataclasses.dataclass(frozen=True)
+class Chapter:
+    """A running chapter: its name, the study it shows, and whether it computes that study afresh."""
+
+    name: str
+    profile: Profile
+    rebuild: bool
+
+    @property
+    def as_printed(self) -> bool:
+        """Whether this is the study that the text speaks of: another one, or another seed, may find otherwise."""
+        return self.profile == get_profile(PRINTED)
+
+    def study(self, name: str) -> Profile:
+        """Return the profile of that name, with the chapter's own seed if it is the chapter's study.
+
+        Raises:
+            UnknownProfileError: no such profile.
+        """
+        return self.profile if name == self.profile.name else get_profile(name)
+
+    @property
+    def ledger(self) -> pathlib.Path:
+        """File that takes this chapter's claims."""
+        folder = os.environ.get("EMQ_LEDGER_DIR") or REPOSITORY / "_build" / self.profile.name / "ledger"
+        return pathlib.Path(folder) / f"{self.name}.jsonl"
+
+    def claim(
+        self,
+        key: str,
+        sentence: str,
+        value: float,
+        *,
+        within: tuple[float, float] | Mapping[str, tuple[float, float]],
+        interval: tuple[float, float] | None = None,
+        n: int | None = None,
+        paper: str = "",
+        reported: tuple[float, float] | None = None,
+    ) -> Markdown:
+        """State a number, check it, glue it under its key, and enter it into the ledger.
+
+        Args:
+            key: name for glue; its parts (`key_lo`, `key_hi`) are glued too when an interval is given.
+            sentence: text with a place ``{}`` (or ``{:.1f}``) for the value.
+            value: the number, computed.
+            within: (lo, hi) that it must lie in, or such bounds by profile name; another study's number is entered
+                without a bound, and so is one that another seed drew.
+            interval: 95 % interval, if the number is an estimate.
+            n: number of observations behind it.
+            paper: what the paper reports, with the source of that knowledge.
+            reported: the paper's number as an interval, 95 % where it is an estimate; with equal ends if it is exact.
+
+        Returns:
+            the sentence with its value, to be shown as the cell's output.
+
+        Raises:
+            ClaimError: the number lies outside its bounds.
+        """
+        value = float(value)
+        bounds = within
+        if isinstance(within, Mapping):
+            published = self.profile == get_profile(self.profile.name)
+            bounds = within.get(self.profile.name) if published else None
+        if not math.isfinite(value) or (bounds and not bounds[0] <= value <= bounds[1]):
+            raise ClaimError(
+                f"claim {key!r}: {value} is not within {bounds}. The text around it no longer holds; revise both."
+            )
+        text = sentence.format(value)
+        glue(key, value, display=False)
+        if interval:
+            glue(f"{key}_lo", float(interval[0]), display=False)
+            glue(f"{key}_hi", float(interval[1]), display=False)
+            low, high = (re.search(r"{.*?}", sentence)[0].format(end) for end in interval)
+            words = text.rstrip(".,;")
+            text = f"{words} (95 % interval {low} to {high}" + (f", n = {n})" if n else ")") + text[len(words) :]
+        row = {
+            "key": key,
+            "sentence": sentence.format(value),
+            "value": value,
+            "lo": interval[0] if interval else None,
+            "hi": interval[1] if interval else None,
+            "n": n,
+            "bounds": bounds,
+            "paper": paper,
+            "agrees": _agreement(interval or (value, value), reported) if reported else "",
+        }
+        with self.ledger.open("a") as file:
+            file.write(json.dumps(row, default=float) + "\n")
+        return Markdown(text)
+
+
+def _agreement(ours: tuple[float, float], theirs: tuple[float, float]) -> str:
+    """Say whether two intervals overlap, and otherwise which one lies higher."""
+    if ours[0] > theirs[1]:
+        return "no, higher here"
+    return "no, lower here" if ours[1] < theirs[0] else "yes"
+
+
+def start_chapter(name: str, profile: str, rebuild: bool, seed: int = 0) -> Chapter:
+    """Check a chapter's parameters, say what made it, set the style of figures, and open a fresh page of the ledger.
+
+    Raises:
+        UnknownProfileError: no such profile.
+        InvalidParameterError: REBUILD is no boolean, SEED no whole number, or the study's files have another seed.
+    """
+    if not isinstance(rebuild, bool):
+        raise InvalidParameterError(f"REBUILD must be True or False, got {rebuild!r}.")
+    if not isinstance(seed, int) or seed < 0:
+        raise InvalidParameterError(f"SEED must be a whole number, 0 or more, got {seed!r}.")
+    published = get_profile(profile)
+    study = dataclasses.replace(published, seed=published.seed + seed)
+    if not rebuild and any(entry["seed"] != study.seed for entry in read_manifest(study).values()):
+        raise InvalidParameterError(
+            f"The files of {profile} were not made with SEED = {seed}. "
+            f"make book PROFILE={profile} SEED={seed} REBUILD=1 makes a study of its own, beside the published one."
+        )
+    chapter = Chapter(name, study, rebuild)
+    plt.style.use(REPOSITORY / "book" / "emq.mplstyle")
+    chapter.ledger.parent.mkdir(parents=True, exist_ok=True)
+    chapter.ledger.write_text("")
+    display(Markdown(_made_by(name, {"PROFILE": profile, "REBUILD": rebuild, "SEED": seed})))
+    return chapter
+
+
+def _made_by(name: str, parameters: Mapping[str, object]) -> str:
+    """Return the command that makes a chapter as it is shown, and what it cost when that was last measured."""
+    given = " ".join(f"-p {key} {value}" for key, value in parameters.items())
+    costs = read_costs().query("chapter == @name and study == @parameters['PROFILE']")
+    measured = [f"{row.seconds:.0f} s and {row.memory:.1f} GiB ({row.device})" for row in costs.itertuples()]
+    cost = f"\n\nTime and memory, as last measured: {'; '.join(measured)}." if measured else ""
+    return f"```bash\npapermill book/{name}.ipynb _build/{name}.ipynb {given}\n```{cost}"
+
+
+def read_costs() -> pd.DataFrame:
+    """Return what chapters took: columns device, study, chapter, seconds, memory and gpu_memory (both in GiB)."""
+    path = REPOSITORY / "benchmarks" / "chapters.json"
+    rows = [
+        (device, study, chapter, cost["seconds"], cost["memory_bytes"] / 2**30, cost["gpu_memory_bytes"] / 2**30)
+        for device, studies in (json.loads(path.read_text()) if path.is_file() else {}).items()
+        for study, chapters in studies.items()
+        for chapter, cost in chapters.items()
+    ]
+    return pd.DataFrame(rows, columns=["device", "study", "chapter", "seconds", "memory", "gpu_memory"])
+
+
+def read_rebuild_costs(studies: Sequence[str]) -> pd.DataFrame:
+    """Return what computing studies took according to their manifests: columns study, device, files and hours."""
+    rows = [
+        (study, entry["device"], entry["seconds"] / 3600)
+        for study in studies
+        for entry in read_manifest(get_profile(study)).values()
+    ]
+    table = pd.DataFrame(rows, columns=["study", "device", "hours"])
+    return table.groupby(["study", "device"], sort=False)["hours"].agg(files="size", hours="sum").reset_index()
+
+
+def read_ledger(chapter: Chapter) -> pd.DataFrame:
+    """Return the claims of all chapters that ran on this study, one row each, with the chapter's name in front."""
+    rows = [
+        {"chapter": path.stem} | json.loads(line)
+        for path in sorted(chapter.ledger.parent.glob("*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
+    return pd.DataFrame(rows)

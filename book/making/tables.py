@@ -1,0 +1,69 @@
+"""Tables and sources as chapters show them."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+import textwrap
+
+import pandas as pd
+from IPython.display import HTML, Markdown, display
+from pandas.core.groupby import SeriesGroupBy
+from scipy import stats
+
+
+def show_source(*functions: object) -> None:
+    """Show the library's source of functions or classes in place."""
+    display(Markdown(source_block(*functions)))
+
+
+def source_block(*functions: object) -> str:
+    """Return the source of functions or classes as one block of markdown."""
+    source = "\n\n".join(textwrap.dedent(inspect.getsource(function)).rstrip() for function in functions)
+    return f"```python\n{source}\n```"
+
+
+def show_table(table: pd.DataFrame, *, decimals: int = 2) -> None:
+    """Show a table without its index, numbers rounded."""
+    table = table.rename(columns=lambda name: f"{name:g}" if isinstance(name, float) else name)
+    texts = [name for name in table.columns if table[name].astype(str).str.contains(" [a-zA-Z]").any()]
+    prose = {"text-align": "left", "white-space": "normal", "min-width": "16em"}
+    uuid = hashlib.blake2b(table.to_csv().encode(), digest_size=4).hexdigest()  # the same table, the same page
+    style = table.style.set_uuid(uuid).format(precision=decimals, na_rep="–").hide(axis="index")
+    headings = {name: [{"selector": "th", "props": [("text-align", "left")]}] for name in texts}
+    style.set_properties(subset=texts, **prose).set_table_styles(headings, overwrite=False)
+    display(HTML(style.to_html()))
+
+
+def with_interval(table: pd.DataFrame, value: str, lo: str, hi: str, *, decimals: int = 2) -> list[str]:
+    """Return a table's estimates as texts "value [lo, hi]"; a dash where there is none."""
+    return [
+        "–" if math.isnan(row[0]) else "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*row, d=decimals)
+        for row in table[[value, lo, hi]].to_numpy()
+    ]
+
+
+def mean_with_interval(groups: SeriesGroupBy) -> pd.DataFrame:
+    """Return, per group of runs, the columns mean, lo and hi (a 95 % t interval over the runs) and n; NaN do not count.
+
+    >>> mean_with_interval(pd.Series([1.0, 3.0]).groupby([0, 0])).round(1).to_dict("records")
+    [{'mean': 2.0, 'lo': -10.7, 'hi': 14.7, 'n': 2}]
+    """
+    table = groups.agg(["mean", "sem", "count"])
+    half = table["sem"] * stats.t.ppf(0.975, table["count"] - 1)
+    ends = {"lo": table["mean"] - half, "hi": table["mean"] + half}
+    return table.assign(**ends, n=table["count"])[["mean", "lo", "hi", "n"]]
+
+
+def difference_of_means(one: pd.Series, two: pd.Series) -> tuple[float, tuple[float, float], int]:
+    """Return by how much the first runs' mean exceeds the second's, Welch's 95 % interval, and how many the first are.
+
+    NaN do not count.
+
+    >>> difference_of_means(pd.Series([2.0, 4.0, 6.0]), pd.Series([1.0, 2.0, 3.0]))[0]
+    2.0
+    """
+    one, two = one.dropna(), two.dropna()
+    ends = stats.ttest_ind(one, two, equal_var=False).confidence_interval(0.95)
+    return (float(one.mean() - two.mean()), (float(ends.low), float(ends.high)), len(one))
