@@ -24,10 +24,10 @@ from engine import hardware
 from pyhessian import hessian
 from torch import nn
 
+from book.studies.images import load_dataset
+from book.studies.networks import layer_table, load_checkpoint
 from book.studies.study import checked_path
-from emq_lib.core.datasets import load_dataset
-from emq_lib.core.graphs import fold_batchnorm, layer_table
-from emq_lib.core.models import load_checkpoint
+from emq_lib.core.graphs import fold_batchnorm
 from emq_lib.core.profiles import get_profile
 from emq_lib.proxies import curvature, layer_statistics
 

@@ -27,14 +27,15 @@ import torch
 from distributed import LocalCluster
 from torch import nn
 
-from book.studies import rows
+from book.studies import networks
+from book.studies.images import load_dataset
+from book.studies.networks import layer_table, load_checkpoint
 from book.studies.study import checked_path
 from emq_lib.bench import remote, sampling
 from emq_lib.bench.engine import BLOCK
 from emq_lib.core import quantizers
-from emq_lib.core.datasets import Split, load_dataset
-from emq_lib.core.graphs import layer_table
-from emq_lib.core.models import load_checkpoint, predict
+from emq_lib.core.datasets import Split
+from emq_lib.core.models import predict
 from emq_lib.core.profiles import get_profile
 
 RESULTS = pathlib.Path(__file__).with_suffix(".json")
@@ -66,7 +67,7 @@ def _torchs_fake_quantize(activation_range: quantizers.ActivationRange) -> Calla
 
 def engine(profile, data, split: Split, configs: np.ndarray, scheduler: str | None = None) -> np.ndarray:
     """Return whether each image is classified correctly (N, images), bank and ranges built first."""
-    network, _ = rows.build_network(profile, data)
+    network, _ = networks.build_network(profile, data)
     blocks = remote.measure_anywhere(profile, network, split, configs, scheduler)
     found = {item.config: item.correct for block in blocks for item in block}
     return np.stack([found[tuple(map(int, config))] for config in configs])
@@ -93,7 +94,7 @@ def run(
     profile = get_profile(name)
     data = load_dataset(profile).to(device)
     split = data.test[:images]
-    model = rows.load_folded(profile, device)
+    model = networks.load_folded(profile, device)
     layers = layer_table(model, profile)
     ranges = quantizers.choose_activation_ranges(model, layers, data.calibration, bits=profile.activation_bits)
     slots = layers["slot"].max() + 1

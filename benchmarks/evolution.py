@@ -23,13 +23,12 @@ import numpy as np
 from engine import hardware
 
 from book.studies import evolution
-from book.studies.bench import has_study
+from book.studies.bench import has_study, load_bench
+from book.studies.images import load_dataset
+from book.studies.networks import layer_table, load_checkpoint
 from book.studies.proxies import load_statistics
 from book.studies.study import checked_path
-from emq_lib.bench.table import Bench
-from emq_lib.core.datasets import load_dataset
-from emq_lib.core.graphs import fold_batchnorm, layer_table
-from emq_lib.core.models import load_checkpoint
+from emq_lib.core.graphs import fold_batchnorm
 from emq_lib.core.profiles import EvolutionBudget, get_profile, profile_names
 from emq_lib.evolution import fitness, search
 from emq_lib.evolution.evaluator import Evaluator
@@ -50,7 +49,7 @@ def against_released_way(name: str) -> dict:
     names = list(layers.loc[layers["searchable"], "name"])
     weight_of = {layer: model.get_submodule(layer).weight for layer in names}
     batch = load_dataset(profile).calibration[:IMAGES]
-    configs = Bench.load(profile).select("random").configs[:CONFIGURATIONS]
+    configs = load_bench(profile).select("random").configs[:CONFIGURATIONS]
     measured = load_statistics(profile)
 
     def plain(config: np.ndarray) -> float:

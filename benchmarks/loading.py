@@ -20,9 +20,9 @@ import time
 import pandas as pd
 from engine import hardware
 
+from book.studies.bench import load_bench
 from book.studies.study import checked_path, record, study_folder
 from emq_lib.bench.sampling import sample_configs
-from emq_lib.bench.table import Bench
 from emq_lib.core.configs import bits_text
 from emq_lib.core.profiles import get_profile
 
@@ -45,7 +45,7 @@ def main() -> None:
         table.to_parquet(path, index=False)
         record(profile, path.name, command="benchmarks/loading.py", seconds=0.0, rows=ROWS)
         ways = {
-            "Bench.load": lambda: Bench.load(profile).to_pandas(),
+            "Bench.load": lambda: load_bench(profile).to_pandas(),
             "pandas.read_parquet": lambda: pd.read_parquet(path),
         }
         pd.testing.assert_frame_equal(*(read() for read in ways.values()))

@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from engine import hardware
 from torch.func import functional_call
 
-from book.studies.rows import build_network, load_folded
+from book.studies.images import load_dataset
+from book.studies.networks import build_network, load_folded
 from emq_lib.core.bank import build_weight_bank
-from emq_lib.core.datasets import load_dataset
 from emq_lib.core.graphs import segments
 from emq_lib.core.models import predict
 from emq_lib.core.networks import QuantizedNetwork

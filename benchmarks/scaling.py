@@ -22,13 +22,14 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 from engine import hardware, peak_memory
 
+from book.studies.networks import fresh_model, layer_table
 from emq_lib.bench import engine
 from emq_lib.bench.sampling import sample_configs
 from emq_lib.core import networks, quantizers
 from emq_lib.core.bank import build_weight_bank
 from emq_lib.core.datasets import Split
-from emq_lib.core.graphs import fold_batchnorm, layer_table
-from emq_lib.core.models import INPUT_SHAPES, build_model
+from emq_lib.core.graphs import fold_batchnorm
+from emq_lib.core.models import INPUT_SHAPES
 from emq_lib.core.profiles import get_profile, profile_names
 
 RESULTS = pathlib.Path(__file__).with_suffix(".json")
@@ -38,7 +39,7 @@ WORK, REPEATS = 4e11, 3  # multiply-accumulates of one repeat, before sharing
 def run(name: str, configs: int) -> dict[str, object]:
     """Time preparation and measuring of one profile, in a process of its own."""
     profile = get_profile(name)
-    model = fold_batchnorm(build_model(profile))
+    model = fold_batchnorm(fresh_model(profile))
     layers = layer_table(model, profile)
     macs = int(layers["macs"].sum())
     count = int(min(1_000, max(engine.BATCH["cpu"], WORK // (macs * configs))))

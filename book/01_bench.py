@@ -39,18 +39,6 @@ SEED: int = 0  # another number: another draw of all that is random
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from emq_lib.bench import engine, sampling
-from emq_lib.bench.table import Bench
-from emq_lib.core import networks, quantizers, training
-from emq_lib.core.bank import build_weight_bank
-from emq_lib.core.configs import bits_text, slot_names
-from emq_lib.core.costs import gather
-from emq_lib.core.datasets import load_dataset
-from emq_lib.core.graphs import fold_batchnorm, layer_table
-from emq_lib.core.models import predict, top1
-from emq_lib.core.profiles import QUANTIZERS, profile_names
-from emq_lib.proxies import intervals, oracles, ranking
-from emq_lib.quantization import adaround
 from scipy import stats
 
 from book.making.chapter import start_chapter
@@ -64,7 +52,20 @@ from book.making.plots import (
 )
 from book.making.tables import show_source, show_table
 from book.studies import bench, checkpoints, checks
-from book.studies.study import read_facts, read_manifest
+from book.studies.bench import load_bench
+from book.studies.images import load_dataset
+from book.studies.networks import layer_table
+from book.studies.study import manifest_of, read_facts
+from emq_lib.bench import engine, sampling
+from emq_lib.core import networks, quantizers, training
+from emq_lib.core.bank import build_weight_bank
+from emq_lib.core.configs import bits_text, slot_names
+from emq_lib.core.costs import gather
+from emq_lib.core.graphs import fold_batchnorm
+from emq_lib.core.models import predict, top1
+from emq_lib.core.profiles import QUANTIZERS, profile_names
+from emq_lib.proxies import intervals, oracles, ranking
+from emq_lib.quantization import adaround
 
 chapter = start_chapter("01_bench", PROFILE, REBUILD, SEED)
 
@@ -264,7 +265,7 @@ chapter.claim(
 )
 
 # %%
-measured = Bench.load(chapter.profile)
+measured = load_bench(chapter.profile)
 sample, uniform = measured.select("random"), measured.select("uniform")
 show_table(
     measured.table.head(6)
@@ -584,7 +585,7 @@ show_source(adaround.adaround)
 # under both quantizers.
 
 # %% slideshow={"slide_type": "-"}
-rounded = Bench.load(chapter.profile, quantizer="adaround")
+rounded = load_bench(chapter.profile, quantizer="adaround")
 learned = rounded.select("random")
 assert (learned.configs == sample.configs).all()
 lift = stats.ttest_1samp(learned.top1 - sample.top1, 0)
@@ -762,7 +763,7 @@ chapter.claim(
 
 # %% slideshow={"slide_type": "-"}
 studies = [
-    Bench.load(profile)
+    load_bench(profile)
     for profile in map(chapter.study, profile_names())
     if bench.has_study(profile, "bench.parquet")
     and profile.choices == chapter.profile.choices
@@ -846,7 +847,7 @@ best and chapter.claim(
 
 # %%
 manifest = (
-    pd.DataFrame(read_manifest(chapter.profile))
+    pd.DataFrame(manifest_of(chapter.profile))
     .T.rename_axis("file")
     .reset_index()
 )

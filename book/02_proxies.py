@@ -45,21 +45,6 @@ import pandas as pd
 import scikit_posthocs
 import torch
 import torch.nn.functional as F
-from emq_lib.bench.table import Bench
-from emq_lib.core.costs import gather
-from emq_lib.core.datasets import load_dataset
-from emq_lib.core.graphs import fold_batchnorm
-from emq_lib.core.models import load_checkpoint
-from emq_lib.core.profiles import QUANTIZERS, profile_names
-from emq_lib.core.quantizers import fake_quantize
-from emq_lib.proxies import (
-    curvature,
-    handmade,
-    intervals,
-    layer_statistics,
-    ranking,
-)
-from emq_lib.proxies.scores import score
 
 from book.making.chapter import start_chapter
 from book.making.palette import COLOURS, PLAIN
@@ -73,9 +58,23 @@ from book.making.plots import (
 from book.making.tables import show_source, show_table, with_interval
 from book.places import REPOSITORY
 from book.studies import proxies
-from book.studies.bench import has_study
+from book.studies.bench import load_bench
 from book.studies.heldout import build_heldout, load_heldout, load_tables
-from book.studies.study import checked_path
+from book.studies.images import load_dataset
+from book.studies.networks import load_checkpoint
+from book.studies.study import checked_path, has_study
+from emq_lib.core.costs import gather
+from emq_lib.core.graphs import fold_batchnorm
+from emq_lib.core.profiles import QUANTIZERS, profile_names
+from emq_lib.core.quantizers import fake_quantize
+from emq_lib.proxies import (
+    curvature,
+    handmade,
+    intervals,
+    layer_statistics,
+    ranking,
+)
+from emq_lib.proxies.scores import score
 
 chapter = start_chapter("02_proxies", PROFILE, REBUILD, SEED)
 
@@ -252,8 +251,8 @@ show_table(
 
 # %%
 tables = load_tables(chapter.profile)
-one_off = Bench.load(chapter.profile).select("one-off").table
-uniform = Bench.load(chapter.profile).query((3,) * own.slot_count)
+one_off = load_bench(chapter.profile).select("one-off").table
+uniform = load_bench(chapter.profile).query((3,) * own.slot_count)
 dropped = np.zeros(own.slot_count)
 for row in one_off.itertuples():
     changed = int(np.flatnonzero(np.array(row.bits) != 3)[0])
@@ -312,7 +311,7 @@ show_table(
 # size. Fitting, choosing and evolving look at the first only; every correlation that this book prints is measured on the second.
 
 # %% slideshow={"slide_type": "-"}
-bench = Bench.load(chapter.profile)
+bench = load_bench(chapter.profile)
 search, heldout = bench.split()
 scores = {
     name: score(entry["table"], heldout.configs, chapter.profile.choices)

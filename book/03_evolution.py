@@ -43,14 +43,6 @@ import time
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from emq_lib.bench.table import Bench
-from emq_lib.core.profiles import profile_names
-from emq_lib.evolution import fitness, genotypes, kernels, search, spaces
-from emq_lib.evolution.evaluator import Evaluator, element_programs
-from emq_lib.evolution.primitives import BINARIES, INPUTS, STRUCTURES, UNARIES
-from emq_lib.proxies import intervals, oracles, ranking
-from emq_lib.proxies.handmade import score_table
-from emq_lib.proxies.scores import score
 from IPython.display import Math, display
 from scipy import stats
 
@@ -71,9 +63,17 @@ from book.making.tables import (
 )
 from book.places import REPOSITORY
 from book.studies import evolution
-from book.studies.bench import has_study
+from book.studies.bench import load_bench
 from book.studies.heldout import build_heldout, load_heldout, load_tables
 from book.studies.proxies import load_statistics
+from book.studies.study import has_study
+from emq_lib.core.profiles import profile_names
+from emq_lib.evolution import fitness, genotypes, kernels, search, spaces
+from emq_lib.evolution.evaluator import Evaluator, element_programs
+from emq_lib.evolution.primitives import BINARIES, INPUTS, STRUCTURES, UNARIES
+from emq_lib.proxies import intervals, oracles, ranking
+from emq_lib.proxies.handmade import score_table
+from emq_lib.proxies.scores import score
 
 chapter = start_chapter("03_evolution", PROFILE, REBUILD, SEED)
 PAPER = {
@@ -677,7 +677,7 @@ plt.show()
 
 # %%
 (own,) = evolution.load_problems(chapter.profile)
-_, heldout = Bench.load(chapter.profile).split()
+_, heldout = load_bench(chapter.profile).split()
 
 
 def worth(formula):
@@ -1108,7 +1108,7 @@ judges = {
     for name, profile in studies.items()
 }
 halves = {
-    name: Bench.load(profile).split()[1] for name, profile in studies.items()
+    name: load_bench(profile).split()[1] for name, profile in studies.items()
 }
 rows = []
 for source, profile in studies.items():
@@ -1344,7 +1344,7 @@ assert short[0] == short[1] != short[2]
 
 # %% tags=["hide-cell", "solution"]
 winner = genotypes.parse(evolution.load_winner(digits)["best"])
-_, kept = Bench.load(digits).split()
+_, kept = load_bench(digits).split()
 changed = {"nothing": winner} | genotypes.without_each_term(winner)
 without = {}
 for what, formula in changed.items():

@@ -41,15 +41,6 @@ import time
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from emq_lib.allocation import approximate, exact
-from emq_lib.bench.table import Bench
-from emq_lib.core.configs import slot_names
-from emq_lib.core.costs import CostTable, average_bits_cost, gather
-from emq_lib.core.datasets import load_dataset
-from emq_lib.core.errors import InfeasibleBudgetError
-from emq_lib.core.profiles import profile_names
-from emq_lib.proxies.intervals import sampling_interval
-from emq_lib.proxies.scores import score
 from IPython.display import display
 
 from book.making.chapter import start_chapter
@@ -67,9 +58,18 @@ from book.making.tables import (
     with_interval,
 )
 from book.studies import allocation, bench, evolution
-from book.studies.bench import has_study
+from book.studies.bench import load_bench
 from book.studies.heldout import load_heldout, load_searched, load_tables
+from book.studies.images import load_dataset
 from book.studies.proxies import load_proxies
+from book.studies.study import has_study
+from emq_lib.allocation import approximate, exact
+from emq_lib.core.configs import slot_names
+from emq_lib.core.costs import CostTable, average_bits_cost, gather
+from emq_lib.core.errors import InfeasibleBudgetError
+from emq_lib.core.profiles import profile_names
+from emq_lib.proxies.intervals import sampling_interval
+from emq_lib.proxies.scores import score
 
 chapter = start_chapter("04_allocation", PROFILE, REBUILD, SEED)
 
@@ -108,7 +108,7 @@ if chapter.rebuild:  # every proxy, and the formula of every search
 # a zero point of one, each bias four bytes. Sum this over the layers of a configuration and compare with the bench.
 
 # %% slideshow={"slide_type": "-"} tags=["slide-code"]
-measured = Bench.load(chapter.profile)
+measured = load_bench(chapter.profile)
 layers = bench.load_layers(chapter.profile)
 config = measured.configs[5]
 widths = np.where(
@@ -575,7 +575,7 @@ chapter.claim(
 # %%
 digits = chapter.study("digits-resnet8")
 matrix = load_proxies(digits)[1]["CLADO"]["table"]
-small = Bench.load(digits).cost("size")
+small = load_bench(digits).cost("size")
 limit = exact.budget_for_average_bits(2.5, small, digits.choices)
 
 

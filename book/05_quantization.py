@@ -44,13 +44,28 @@ import numpy as np
 import onnxruntime
 import pandas as pd
 import torch
+from scipy.stats import binomtest, norm
+
+from book.making.chapter import start_chapter
+from book.making.plots import plot_dots, plot_quantizers
+from book.making.tables import show_source, show_table, with_interval
+from book.places import REPOSITORY
+from book.studies import allocation, quantization, runtimes
+from book.studies.bench import load_layers
+from book.studies.images import load_dataset
+from book.studies.networks import (
+    build_network,
+    fresh_model,
+    layer_table,
+    load_checkpoint,
+)
+from book.studies.study import checked_path, has_study, manifest_of, read_facts
 from emq_lib.core import networks, quantizers
 from emq_lib.core.bank import build_weight_bank
 from emq_lib.core.configs import parse_bits
-from emq_lib.core.datasets import load_dataset
 from emq_lib.core.errors import InvalidParameterError
-from emq_lib.core.graphs import fold_batchnorm, layer_table
-from emq_lib.core.models import build_model, load_checkpoint, predict, top1
+from emq_lib.core.graphs import fold_batchnorm
+from emq_lib.core.models import predict, top1
 from emq_lib.core.profiles import profile_names
 from emq_lib.quantization import onnx_export, quantize
 from emq_lib.quantization.brecq import LAPTOP, PAPER
@@ -65,16 +80,6 @@ from emq_lib.quantization.packed import (
     unpack_codes,
 )
 from emq_lib.quantization.qat import QatRecipe
-from scipy.stats import binomtest, norm
-
-from book.making.chapter import start_chapter
-from book.making.plots import plot_dots, plot_quantizers
-from book.making.tables import show_source, show_table, with_interval
-from book.places import REPOSITORY
-from book.studies import allocation, quantization, runtimes
-from book.studies.bench import has_study, load_layers
-from book.studies.rows import build_network
-from book.studies.study import checked_path, read_facts, read_manifest
 
 chapter = start_chapter("05_quantization", PROFILE, REBUILD, SEED)
 
@@ -188,7 +193,7 @@ expected = predict(network.select((4, 3, 3, 2, 3, 4)), data.test)
 with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "digits.safetensors"
     save_network(path, network)
-    again = load_network(path, build_model(digits))
+    again = load_network(path, fresh_model(digits))
 assert torch.equal(predict(again, data.test), expected)
 top1(expected, data.test.labels)
 
@@ -564,7 +569,7 @@ chapter.claim(
 chapter.claim(
     "search_minutes",
     "The searches of chapter 03 took {:.0f} minutes together.",
-    read_manifest(chapter.profile).get("evolution.jsonl", {"seconds": 0.0})[
+    manifest_of(chapter.profile).get("evolution.jsonl", {"seconds": 0.0})[
         "seconds"
     ]
     / 60,
@@ -630,7 +635,7 @@ chapter.claim(
 parts = []
 for study in profile_names():
     other = chapter.study(study)
-    if has_study(other, quantization.FILE):
+    if has_study(other, quantization.COMPARISON):
         part = quantization.compare_methods(
             other, quantization.load_comparison(other), "evolved for allocation"
         )
@@ -684,7 +689,7 @@ chapter.claim(
 
 # %%
 imagenet = chapter.study("imagenet-resnet18")
-twenty = layer_table(build_model(imagenet).eval(), imagenet)
+twenty = layer_table(fresh_model(imagenet).eval(), imagenet)
 weights_of = dict(zip(twenty["name"], twenty["parameters"], strict=True))
 slots_of = [name for name in weights_of if "downsample" not in name]
 

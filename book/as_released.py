@@ -41,18 +41,18 @@ import dataclasses
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from emq_lib.bench.table import Bench
-from emq_lib.core.datasets import load_dataset
-from emq_lib.proxies import handmade, intervals, ranking, released
-from emq_lib.proxies.scores import score
 from IPython.display import display
 
 from book.making.chapter import start_chapter
 from book.making.plots import plot_forest
 from book.making.tables import show_source, show_table, with_interval
 from book.studies import proxies
+from book.studies.bench import load_bench
 from book.studies.heldout import load_heldout
+from book.studies.images import load_dataset
 from book.studies.proxies import load_statistics
+from emq_lib.proxies import handmade, intervals, ranking, released
+from emq_lib.proxies.scores import score
 
 chapter = start_chapter("as_released", PROFILE, REBUILD, SEED)
 
@@ -141,7 +141,7 @@ plt.show()
 
 # %%
 scores, _ = proxies.load_proxies(chapter.profile)
-_, heldout = Bench.load(chapter.profile).split()
+_, heldout = load_bench(chapter.profile).split()
 held = scores.loc[heldout.table["config_id"]]
 rng = chapter.profile.rng("appendix as released")
 pairs = {
@@ -288,7 +288,7 @@ coefficients = pd.DataFrame(
 show_table(coefficients.reset_index(names="share of the layer"))
 
 # %%
-_, held_digits = Bench.load(digits).split()
+_, held_digits = load_bench(digits).split()
 ranked = [score(table, held_digits.configs, digits.choices) for table in tables]
 chapter.claim(
     "draws_agree",

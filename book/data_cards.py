@@ -32,7 +32,7 @@
 # ```python
 # from emq_lib.bench import Bench
 #
-# bench = Bench.load("cifar10-resnet20", quantizer="rtn")
+# bench = load_bench("cifar10-resnet20", quantizer="rtn")
 # bench.within(size=(0, 100_000)).best()
 # ```
 
@@ -42,13 +42,11 @@ REBUILD: bool = False  # nothing to compute here
 SEED: int = 0  # another number: another draw of all that is random
 
 # %% tags=["hide-input"]
-from emq_lib.core.profiles import profile_names
-
 from book.making.cards import describe
 from book.making.chapter import start_chapter
 from book.making.tables import show_table
-from book.studies.bench import has_study
-from book.studies.study import read_manifest
+from book.studies.study import has_study, manifest_of
+from emq_lib.core.profiles import profile_names
 
 chapter = start_chapter("data_cards", PROFILE, REBUILD, SEED)
 
@@ -60,7 +58,7 @@ studies = [
 chapter.claim(
     "bench_rows",
     f"{len(studies)} studies hold {{:,.0f}} measured configurations.",
-    sum(read_manifest(study)["bench.parquet"]["rows"] for study in studies),
+    sum(manifest_of(study)["bench.parquet"]["rows"] for study in studies),
     within=(100, 1_000_000),
 )
 

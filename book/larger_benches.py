@@ -39,17 +39,17 @@ import json
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from emq_lib.bench.engine import _Engine, planned_macs
-from emq_lib.bench.sampling import sample_configs
-from emq_lib.core.graphs import fold_batchnorm, layer_table
-from emq_lib.core.models import build_model
-from emq_lib.core.profiles import Profile
 from torch.fx import GraphModule
 
 from book.making.chapter import start_chapter
 from book.making.plots import plot_growth, plot_sizes
 from book.making.tables import show_source, show_table
 from book.places import REPOSITORY
+from book.studies.networks import fresh_model, layer_table
+from emq_lib.bench.engine import _Engine, planned_macs
+from emq_lib.bench.sampling import sample_configs
+from emq_lib.core.graphs import fold_batchnorm
+from emq_lib.core.profiles import Profile
 
 chapter = start_chapter("larger_benches", PROFILE, REBUILD, SEED)
 engine, scaling = (
@@ -134,7 +134,7 @@ show_source(planned_macs)
 @functools.cache
 def network_of(profile: Profile) -> tuple[GraphModule, pd.DataFrame]:
     """Network with random weights, and its layer table."""
-    model = fold_batchnorm(build_model(profile))
+    model = fold_batchnorm(fresh_model(profile))
     return model, layer_table(model, profile)
 
 

@@ -29,11 +29,10 @@ REBUILD: bool = False  # nothing to compute here
 SEED: int = 0  # another number: another draw of all that is random
 
 # %% tags=["hide-input"]
-from emq_lib.core.profiles import profile_names
-
 from book.making.chapter import read_costs, read_rebuild_costs, start_chapter
 from book.making.tables import show_table
 from book.places import repository_address
+from emq_lib.core.profiles import profile_names
 
 chapter = start_chapter("rerun", PROFILE, REBUILD, SEED)
 

@@ -36,11 +36,6 @@ import tempfile
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from emq_lib.core.datasets import load_dataset
-from emq_lib.quantization import onnx_export, packed
-from emq_lib.quantization.brecq import Settings
-from emq_lib.quantization.choose import choose_bits
-from emq_lib.quantization.quantize import quantize_model
 from PIL import Image
 from scipy.stats import binomtest
 from torchvision import models, transforms
@@ -48,6 +43,11 @@ from torchvision.datasets import ImageFolder
 
 from book.making.chapter import start_chapter
 from book.making.tables import show_table
+from book.studies.images import load_dataset
+from emq_lib.quantization import onnx_export, packed
+from emq_lib.quantization.brecq import Settings
+from emq_lib.quantization.choose import choose_bits
+from emq_lib.quantization.quantize import quantize_model
 
 chapter = start_chapter("your_network", PROFILE, REBUILD, SEED)
 torch.manual_seed(SEED)

@@ -34,19 +34,19 @@ import dataclasses
 import os
 import tempfile
 
-from emq_lib.bench import table
-from emq_lib.core import configs, training
-from emq_lib.core.datasets import load_dataset
-from emq_lib.core.errors import UnsupportedModelError
-from emq_lib.core.graphs import layer_table
-from emq_lib.core.models import build_model, register_model
-from emq_lib.core.profiles import Profile, TrainingRecipe, register
 from torch import nn
 
 from book.making.chapter import start_chapter
 from book.making.tables import show_table
 from book.studies import bench, checkpoints
+from book.studies.bench import load_bench
+from book.studies.images import load_dataset
+from book.studies.networks import fresh_model, layer_table
 from book.studies.study import read_facts
+from emq_lib.core import configs, training
+from emq_lib.core.errors import UnsupportedModelError
+from emq_lib.core.models import register_model
+from emq_lib.core.profiles import Profile, TrainingRecipe, register
 
 chapter = start_chapter("your_profile", PROFILE, REBUILD, SEED)
 
@@ -114,7 +114,7 @@ profile = register(
 # what `pinned` and `tied` refer to. Here the classifier is pinned at 8 bits, and the first convolution is searched.
 
 # %%
-layers = layer_table(build_model(profile), profile)
+layers = layer_table(fresh_model(profile), profile)
 show_table(
     layers[["name", "shape", "parameters", "macs", "slot", "pinned_bits"]],
     decimals=0,
@@ -131,7 +131,7 @@ checkpoints.build_checkpoint(profile, images)
 bench.build_bench(profile, images)
 
 # %%
-own = table.Bench.load(profile)
+own = load_bench(profile)
 chapter.claim(
     "own_rows",
     "The bench has {:.0f} rows.",
@@ -167,14 +167,14 @@ chapter.claim(
 # %%
 larger = dataclasses.replace(profile, bench_configs=160)
 bench.build_bench(larger, images)
-len(table.Bench.load(larger)) - len(own)
+len(load_bench(larger)) - len(own)
 
 # %% [markdown]
 # Weights that you trained elsewhere take the place of training: `store_checkpoint` measures them and writes them in the study's
 # form.
 
 # %%
-state = build_model(profile)
+state = fresh_model(profile)
 result = training.TrainingResult(state.eval(), 0, (), 0.0)
 checkpoints.store_checkpoint(profile, result, images)
 

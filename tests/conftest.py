@@ -13,8 +13,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton, which looks only then
 
 from book.studies import bench, checkpoints, proxies
+from book.studies.images import load_dataset
 from book.studies.study import record
-from emq_lib.core.datasets import load_dataset
 from emq_lib.core.profiles import get_profile
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pandas as pd
+
+from book.studies.bench import load_bench, load_layers
+from book.studies.study import has_study, manifest_of, read_facts, study_folder
 from emq_lib.bench.table import SAMPLES, Bench
 from emq_lib.core.errors import MissingArtefactError
 from emq_lib.core.profiles import QUANTIZERS, Profile
 from emq_lib.proxies import intervals, oracles
-
-from book.studies.bench import has_study, load_layers
-from book.studies.study import read_facts, read_manifest, study_folder
 
 LICENCE = "tables, checkpoint and this card: CC BY 4.0; code: MIT. Images are not included and keep their own terms."
 CITATION = "CITATION.cff of this book, with the profile's name and the commit above"
@@ -36,7 +36,7 @@ def describe(profile: Profile) -> pd.DataFrame:
         rows |= _network(profile)
     for quantizer in QUANTIZERS:
         try:
-            rows |= _bench(Bench.load(profile, quantizer=quantizer))
+            rows |= _bench(load_bench(profile, quantizer=quantizer))
         except MissingArtefactError:
             continue
     if has_study(profile, "bench.parquet"):
@@ -63,7 +63,7 @@ def limits(profile: Profile) -> str:
 def _network(profile: Profile) -> dict[str, str]:
     """Describe the network and its checkpoint."""
     layers, facts = (load_layers(profile), read_facts(profile, "model.safetensors"))
-    entry = read_manifest(profile)["model.safetensors"]
+    entry = manifest_of(profile)["model.safetensors"]
     kilobytes = (study_folder(profile) / "model.safetensors").stat().st_size / 2**10
     searchable, slots = layers["searchable"].sum(), layers["slot"].max() + 1
     return {
@@ -107,7 +107,7 @@ def _text(estimate: intervals.RankEstimate) -> str:
 
 def _provenance(profile: Profile) -> dict[str, str]:
     """Say how the bench was made."""
-    manifest = read_manifest(profile)
+    manifest = manifest_of(profile)
     entry = manifest["bench.parquet"]
     training, measuring = (_duration(manifest[name]["seconds"]) for name in ("model.safetensors", "bench.parquet"))
     return {

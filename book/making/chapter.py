@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from emq_lib.core.errors import ClaimError, InvalidParameterError
-from emq_lib.core.profiles import PRINTED, Profile, get_profile
 from IPython.display import Markdown, display
 from myst_nb import glue
 
 from book.places import REPOSITORY
-from book.studies.study import read_manifest
+from book.studies.study import manifest_of
+from emq_lib.core.errors import ClaimError, InvalidParameterError
+from emq_lib.core.profiles import PRINTED, Profile, get_profile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,7 @@ def start_chapter(name: str, profile: str, rebuild: bool, seed: int = 0) -> Chap
         raise InvalidParameterError(f"SEED must be a whole number, 0 or more, got {seed!r}.")
     published = get_profile(profile)
     study = dataclasses.replace(published, seed=published.seed + seed)
-    if not rebuild and any(entry["seed"] != study.seed for entry in read_manifest(study).values()):
+    if not rebuild and any(entry["seed"] != study.seed for entry in manifest_of(study).values()):
         raise InvalidParameterError(
             f"The files of {profile} were not made with SEED = {seed}. "
             f"make book PROFILE={profile} SEED={seed} REBUILD=1 makes a study of its own, beside the published one."
@@ -171,7 +171,7 @@ def read_rebuild_costs(studies: Sequence[str]) -> pd.DataFrame:
     rows = [
         (study, entry["device"], entry["seconds"] / 3600)
         for study in studies
-        for entry in read_manifest(get_profile(study)).values()
+        for entry in manifest_of(get_profile(study)).values()
     ]
     table = pd.DataFrame(rows, columns=["study", "device", "hours"])
     return table.groupby(["study", "device"], sort=False)["hours"].agg(files="size", hours="sum").reset_index()

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from emq_lib.evolution.genotypes import Genotype, canonical
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from book.making.palette import COLOURS, PLAIN, SAMPLE_COLOURS, shades
+from emq_lib.evolution.genotypes import Genotype, canonical
 
 
 def plot_histogram(values: np.ndarray, marks: Mapping[str, float], *, xlabel: str, ax: Axes | None = None) -> Axes:

@@ -18,13 +18,13 @@ import jupytext
 import nbformat
 import papermill
 import yaml
-from emq_lib.core.errors import EMQError
-from emq_lib.core.profiles import PRINTED, get_profile
 from nbconvert.preprocessors import TagRemovePreprocessor
 from papermill.exceptions import PapermillExecutionError
 
 from book.making import drawings, pages, slides
 from book.places import REPOSITORY, repository_address
+from emq_lib.core.errors import EMQError
+from emq_lib.core.profiles import PRINTED, get_profile
 
 KERNEL = "python3"
 INJECTED, MEASURING = ("injected-parameters", "measures-memory")  # tags of cells that are not the chapter's

@@ -15,12 +15,12 @@ import re
 import shutil
 
 import nbformat
-from emq_lib.core.errors import EMQError
 from nbconvert import SlidesExporter
 from nbformat import NotebookNode, v4
 from pybtex.database import BibliographyData, parse_file
 
 from book.places import REPOSITORY
+from emq_lib.core.errors import EMQError
 
 CODE = "slide-code"
 SIZE = ("1280", "720")  # of a slide, in pixels

@@ -10,20 +10,22 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
+
+from book.studies.bench import load_bench
+from book.studies.evolution import SEARCHED
+from book.studies.files import CHOICES
+from book.studies.networks import build_network
+from book.studies.rows import PARTIAL, measure_resumably
+from book.studies.study import checked_path, new_file, sole_writer, study_folder
 from emq_lib.allocation.approximate import allocate_locally, random_within
 from emq_lib.allocation.exact import Allocation, allocate, budget_for_average_bits
-from emq_lib.bench.table import Bench
 from emq_lib.core.configs import bits_text
 from emq_lib.core.costs import CostTable, bops_cost, size_cost
 from emq_lib.core.datasets import ImageData
-from emq_lib.core.files import atomic_path
+from emq_lib.core.files import read_table
 from emq_lib.core.profiles import Profile
 from emq_lib.proxies.scores import score
 from emq_lib.quantization.choose import PATIENCE, TOLERANCE
-
-from book.studies.evolution import SEARCHED
-from book.studies.rows import PARTIAL, build_network, measure_resumably
-from book.studies.study import checked_path, record, sole_writer, study_folder
 
 FRONT = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75)
 FRONT_METHODS = ("bit sum", "HAWQ-V2", "sqrt one-layer KL", "evolved", "evolved for rho", "evolved for allocation")
@@ -97,7 +99,7 @@ def build_quantization(profile: Profile, data: ImageData, tables: Mapping[str, M
         network, layers = build_network(profile, data)
         size = size_cost(layers, profile.choices)
         bit_operations = bops_cost(layers, profile.choices, activation_bits=profile.activation_bits)
-        uniform = Bench.load(profile).select("uniform").table
+        uniform = load_bench(profile).select("uniform").table
         chosen = choose_configurations(profile, tables, size)
         flat = [
             {
@@ -123,10 +125,8 @@ def build_quantization(profile: Profile, data: ImageData, tables: Mapping[str, M
             quantizer=profile.quantizer,
         )
         table = chosen.merge(measured, on="bits", how="left", validate="many_to_one")
-        with atomic_path(study_folder(profile) / "quantization.csv") as path:
+        with new_file(profile, CHOICES, seconds=seconds, rows=len(table)) as path:
             table.to_csv(path, index=False)
-        command = f"book.studies.allocation.build_quantization on {profile.name}"
-        record(profile, "quantization.csv", command=command, seconds=seconds, rows=len(table))
         (study_folder(profile) / PARTIAL).unlink(missing_ok=True)
 
 
@@ -145,5 +145,6 @@ def load_search_choices(profile: Profile) -> pd.DataFrame:
 
 
 def _load(profile: Profile) -> pd.DataFrame:
-    table = pd.read_csv(checked_path(profile, "quantization.csv"), dtype={"bits": str})
+    needed = {"proxy": str, "variant": str, "bits": str, "average_bits": float, "seed": int, "seconds": None}
+    table = read_table(checked_path(profile, CHOICES), needed | {"correct_b": None, "n_b": None})
     return table.assign(half_b=100 * table["correct_b"] / table["n_b"])

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 
 import numpy as np
 import pandas as pd
+
+from book.studies.networks import build_network
+from book.studies.rows import PARTIAL, measure_resumably
+from book.studies.study import checked_path, new_file, seconds_of, sole_writer, study_folder
 from emq_lib.bench.sampling import one_bit_configs, one_off_configs, sample_configs, stratified_configs
-from emq_lib.bench.table import COLUMNS, MEASURED, _read_table
+from emq_lib.bench.table import BENCH, COLUMNS, LAYERS, MEASURED, Bench, read_bench, read_layers
 from emq_lib.core.configs import bits_text
 from emq_lib.core.costs import bops_cost, size_cost
 from emq_lib.core.datasets import ImageData
-from emq_lib.core.errors import MissingArtefactError
-from emq_lib.core.files import atomic_path
-from emq_lib.core.profiles import QUANTIZERS, Profile
-
-from book.studies.rows import PARTIAL, build_network, measure_resumably
-from book.studies.study import checked_path, read_manifest, record, sole_writer, study_folder
+from emq_lib.core.errors import CorruptArtefactError, MissingArtefactError
+from emq_lib.core.files import vouched_path
+from emq_lib.core.profiles import QUANTIZERS, Profile, get_profile
 
 
 def design(profile: Profile, layers: pd.DataFrame) -> pd.DataFrame:
@@ -72,9 +74,8 @@ def build_bench(
         StudyBusyError: another run is writing the study.
         DiskFullError: no room; what was measured is kept.
     """
-    folder = study_folder(profile)
     profile = dataclasses.replace(profile, quantizer=quantizer or profile.quantizer)
-    with sole_writer(profile):
+    with sole_writer(profile) as folder:
         started = time.perf_counter()
         choices = widths(profile)
         network, layers = build_network(dataclasses.replace(profile, choices=choices), data)
@@ -82,7 +83,7 @@ def build_bench(
         rows = design(profile, layers)
         configs = np.stack(rows["bits"].to_numpy())
         before, seconds_before = _present_table(profile)
-        known = before.set_index("key")[list(MEASURED)].to_dict("index")
+        known = before.dropna(subset="key").set_index("key")[list(MEASURED)].to_dict("index") if "key" in before else {}
         measured, seconds = measure_resumably(
             profile, network, data, configs, images=profile.bench_images, known=known, scheduler=scheduler
         )
@@ -96,48 +97,48 @@ def build_bench(
             size_bytes=size.total(configs, choices).astype(np.int64),
             bops=bit_operations.total(configs, choices).astype(np.int64),
         )
-        write_layers(profile, layers)
         others = before[before["quantizer"] != profile.quantizer]
         table = pd.concat([table, others] if profile.quantizer == QUANTIZERS[0] else [others, table])
-        with atomic_path(folder / "bench.parquet") as path:
+        seconds += preparation + seconds_before
+        with new_file(profile, LAYERS, seconds=0.0, rows=len(layers)) as path:
+            layers.to_csv(path, index=False)
+        with new_file(profile, BENCH, seconds=seconds, rows=len(table)) as path:
             table[list(COLUMNS)].to_parquet(path, index=False)
-        command, seconds = (f"book.studies.bench.build_bench on {profile.name}", preparation + seconds + seconds_before)
-        record(profile, "bench.parquet", command=command, seconds=seconds, rows=len(table))
         (folder / PARTIAL).unlink(missing_ok=True)
 
 
 def _present_table(profile: Profile) -> tuple[pd.DataFrame, float]:
-    """Return the study's present bench, all quantizers, and the wall time it took; an empty one if there is none."""
-    if has_study(profile, "bench.parquet"):
-        table = _read_table(checked_path(profile, "bench.parquet"))
-        if "key" in table:
-            return table, read_manifest(profile)["bench.parquet"]["seconds"]
-    return pd.DataFrame(columns=list(COLUMNS)), 0.0
+    """Return the study's present bench, all quantizers, and the wall time it took; an empty one if there is none.
+
+    It may be out of date: its rows are taken over one by one, those whose keys still hold.
+    """
+    try:
+        table = read_bench(vouched_path(study_folder(profile), BENCH))
+    except MissingArtefactError:
+        return pd.DataFrame(columns=list(COLUMNS)), 0.0
+    except CorruptArtefactError as error:
+        warnings.warn(f"{error} Its rows are measured anew.", stacklevel=2)
+        return pd.DataFrame(columns=list(COLUMNS)), 0.0
+    return table, seconds_of(profile, BENCH)
 
 
-def write_layers(profile: Profile, layers: pd.DataFrame) -> None:
-    """Write the study's ``layers.csv``."""
-    with atomic_path(study_folder(profile) / "layers.csv") as path:
-        layers.to_csv(path, index=False)
-    record(
-        profile,
-        "layers.csv",
-        command=f"emq_lib.core.graphs.layer_table on {profile.name}",
-        seconds=0.0,
-        rows=len(layers),
-    )
+def load_bench(profile: Profile | str, quantizer: str | None = None) -> Bench:
+    """Load a study's bench after checking it against the manifest.
+
+    Args:
+        profile: the study or its name.
+        quantizer: "rtn" or "adaround"; by default the profile's.
+
+    Raises:
+        UnknownProfileError: no such profile.
+        MissingArtefactError: the bench was not built, or not with this quantizer.
+        CorruptArtefactError, StaleArtefactError: the file is truncated, altered or out of date.
+    """
+    profile = get_profile(profile) if isinstance(profile, str) else profile
+    checked_path(profile, BENCH)
+    return Bench.read(study_folder(profile), quantizer or profile.quantizer)
 
 
 def load_layers(profile: Profile) -> pd.DataFrame:
     """Return the study's layer table."""
-    return pd.read_csv(checked_path(profile, "layers.csv"), dtype={"name": str})  # names may look like numbers
-
-
-def has_study(profile: Profile, *filenames: str) -> bool:
-    """Return whether every named file of the study is there and unaltered."""
-    try:
-        for filename in filenames:
-            checked_path(profile, filename)
-    except MissingArtefactError:
-        return False
-    return True
+    return read_layers(checked_path(profile, LAYERS))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from book.studies.files import MODEL
+from book.studies.networks import fresh_model, load_pretrained
+from book.studies.study import save_tensors, sole_writer
 from emq_lib.core.datasets import ImageData
-from emq_lib.core.models import load_pretrained, predict, top1
+from emq_lib.core.models import predict, top1
 from emq_lib.core.profiles import Profile
 from emq_lib.core.training import TrainingResult, train
-
-from book.studies.study import record, save_tensors, study_folder
 
 HALF_PRECISION_COST = 0.05  # points of validation top-1 that storing half precision may cost
 
@@ -21,7 +22,16 @@ def build_checkpoint(profile: Profile, data: ImageData) -> None:
         published = load_pretrained(profile).to(data.test.images.device)
         store_checkpoint(profile, TrainingResult(published, 0, (), 0.0), data)
     else:
-        store_checkpoint(profile, train(profile, data, resume=study_folder(profile) / "training.resume"), data)
+        with sole_writer(profile) as folder:
+            result = train(
+                fresh_model(profile),
+                profile.training,
+                data,
+                generator=profile.generator("training"),
+                resume=folder / "training.resume",
+            )
+            store_checkpoint(profile, result, data)
+            (folder / "training.resume").unlink(missing_ok=True)
 
 
 def store_checkpoint(profile: Profile, result: TrainingResult, data: ImageData) -> None:
@@ -43,17 +53,11 @@ def store_checkpoint(profile: Profile, result: TrainingResult, data: ImageData) 
         "top1": top1(predict(result.model, data.test), data.test.labels),
         "images": data.digest,
     }
-    save_tensors(profile, "model.safetensors", stored, facts)
     schedule = (
         "published by torchvision"
         if profile.training is None
         else f"one-cycle schedule of {profile.training.epochs} epochs, the best on the validation images kept"
     )
     precision = "half" if stored is halves else "single"
-    record(
-        profile,
-        "model.safetensors",
-        command=f"book.studies.checkpoints.build_checkpoint on {profile.name}",
-        seconds=result.seconds,
-        note=f"{schedule}; stored in {precision} precision (half costs {lost:.2f} points on the validation images)",
-    )
+    note = f"{schedule}; stored in {precision} precision (half costs {lost:.2f} points on the validation images)"
+    save_tensors(profile, MODEL, stored, facts, seconds=result.seconds, note=note)

@@ -11,20 +11,20 @@ import time
 
 import numpy as np
 import pandas as pd
+from tqdm.auto import tqdm
+
+from book.studies.files import CHECKS
+from book.studies.networks import build_network, layer_table, load_folded
+from book.studies.rows import PARTIAL, PartialRows, measure_resumably, row_keys, row_of
+from book.studies.study import checked_path, new_file, sole_writer, study_folder
 from emq_lib.bench.engine import measure
 from emq_lib.bench.table import Bench
 from emq_lib.core.configs import bits_text
 from emq_lib.core.datasets import ImageData
 from emq_lib.core.errors import InvalidParameterError
-from emq_lib.core.files import atomic_path
-from emq_lib.core.graphs import layer_table
 from emq_lib.core.profiles import QUANTIZERS, Profile
 from emq_lib.core.quantizers import choose_activation_ranges
 from emq_lib.quantization.brecq import WEIGHTS_ONLY, reconstruct_in_order
-from tqdm.auto import tqdm
-
-from book.studies.rows import PARTIAL, PartialRows, build_network, load_folded, measure_resumably, row_keys, row_of
-from book.studies.study import checked_path, record, sole_writer, study_folder
 
 DRAWS, CONFIGS, IN_ORDER = 3, 50, 20
 COLUMNS = ("quantizer", "draw", "bits", "top1", "loss", "correct_a", "correct_b", "n_a", "n_b")
@@ -57,10 +57,8 @@ def build_checks(profile: Profile, data: ImageData) -> None:
         rows, seconds = _measure_in_order(profile, data, configs[:IN_ORDER])
         tables.append(rows.assign(quantizer="in order", draw=0, bits=list(map(bits_text, configs[:IN_ORDER]))))
         table = pd.concat(tables, ignore_index=True)[list(COLUMNS)]
-        with atomic_path(folder / "checks.csv") as path:
+        with new_file(profile, CHECKS, seconds=seconds, rows=len(table)) as path:
             table.to_csv(path, index=False)
-        command = f"book.studies.checks.build_checks on {profile.name}"
-        record(profile, "checks.csv", command=command, seconds=seconds, rows=len(table))
         (folder / PARTIAL).unlink(missing_ok=True)
 
 

@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pandas as pd
-import torch
+from tqdm.auto import tqdm
+
+from book.studies.bench import load_bench
+from book.studies.files import BENCH, ENUMERATION, EVOLUTION_LOG, MODEL, SEARCHES, STATISTICS, TRANSFER
+from book.studies.proxies import load_statistics
+from book.studies.study import checked_path, code_version, new_file, sole_writer, study_folder
+from book.studies.workers import share
 from emq_lib.bench.table import Bench
 from emq_lib.core.errors import CorruptArtefactError, InvalidParameterError, MissingArtefactError
-from emq_lib.core.files import atomic_path, sha256, to_json
+from emq_lib.core.files import read_table, sha256, to_json
+from emq_lib.core.journal import Journal
 from emq_lib.core.profiles import Profile
 from emq_lib.evolution.evaluator import Evaluator
-from emq_lib.evolution.fitness import Journal, Judge, Problem
+from emq_lib.evolution.fitness import Judge, Judgements, Problem
 from emq_lib.evolution.genotypes import KNOWN, Genotype, parse
 from emq_lib.evolution.primitives import ERROR, FACTOR, INPUTS, STRUCTURES
 from emq_lib.evolution.search import GENES, Generation, evolve, evolve_front, improvements, random_search
 from emq_lib.evolution.spaces import Space
 from emq_lib.proxies import ranking
 from emq_lib.proxies.scores import AGGREGATIONS, is_table, score
-from tqdm.auto import tqdm
-
-from book.studies.proxies import load_statistics
-from book.studies.study import checked_path, record, study_folder
 
 BINS, HALVES, PENALTY, FEW, ISLANDS, GENTLE, LONG = 5, 8, 0.002, 50, 5, 0.15, 3
 EVOLUTION, CONTROL, REFINED = "evolution", "random search", "refined"
@@ -141,7 +141,7 @@ def runs(profile: Profile) -> list[Run]:
 @functools.lru_cache(maxsize=8)
 def _loaded(profile: Profile, device: str, _root: str | None) -> tuple[Evaluator, Bench, Bench]:
     """Return a study's evaluator, and the search halves of its random and of its stratified configurations."""
-    bench = Bench.load(profile)
+    bench = load_bench(profile)
     return (Evaluator(load_statistics(profile), device=device), bench.split()[0], bench.split("stratified")[0])
 
 
@@ -167,7 +167,7 @@ def load_problems(profile: Profile, goal: str = "ranks", *, device: str = "cpu")
     return [problem]
 
 
-def make_judge(problems: Sequence[Problem], method: Method, journal: Journal | None = None) -> Judge:
+def make_judge(problems: Sequence[Problem], method: Method, journal: Judgements | None = None) -> Judge:
     """Return the judge of a method."""
     across = "stable" if method.goal == "halves" else "mean"
     penalty = PENALTY if method.goal == "short" else 0.0
@@ -181,7 +181,7 @@ def make_space(method: Method, structure: str) -> Space:
 
 
 def search(
-    profile: Profile, problems: Sequence[Problem], run: Run, journal: Journal | None = None
+    profile: Profile, problems: Sequence[Problem], run: Run, journal: Judgements | None = None
 ) -> list[tuple[str, Generation]]:
     """Return the generations that improved the best formula, and the last one, each with the name of what made it.
 
@@ -222,20 +222,30 @@ def search(
     return found
 
 
-def _lines(profile: Profile, others: tuple[Profile, ...], run: Run, *, folder: str, device: str) -> list[str]:
+def _lines(profile: Profile, others: tuple[Profile, ...], filename: str, device: str, run: Run) -> list[str]:
     """Search and return the log's lines; a run that was stopped goes on from its journal in the folder."""
     studies = others or (profile,)
     problems = [problem for study in studies for problem in load_problems(study, run.how.goal, device=device)]
     depends = {"run": run.name, "budget": asdict(profile.evolution)}
-    depends |= {
-        f"{study.name}/{file}": sha256(study_folder(study) / file)
-        for study in studies
-        for file in ("statistics.safetensors", "bench.parquet", "model.safetensors")
-    }
-    path = study_folder(profile) / folder / f"{run.name}.jsonl"
-    found = search(profile, problems, run, Journal(path, depends))
+    depends |= read_hashes(studies) | {"code": code_version(filename)}
+    path = study_folder(profile) / _resume(filename) / f"{run.name}.jsonl"
+    found = search(profile, problems, run, Judgements(Journal(path, depends)))
     facts = {"structure": run.structure, "seed": run.seed}
     return [to_json({"method": method} | facts | asdict(generation)) for method, generation in found]
+
+
+def _resume(filename: str) -> str:
+    """Return the folder of the journals of searches that are under way."""
+    return f".{filename}.resume"
+
+
+def read_hashes(studies: Sequence[Profile]) -> dict[str, str]:
+    """Return "study/file" -> SHA-256 of the files of studies that searches read."""
+    return {
+        f"{study.name}/{file}": sha256(checked_path(study, file))
+        for study in studies
+        for file in (MODEL, BENCH, STATISTICS)
+    }
 
 
 def build_evolution(profile: Profile, *, workers: int | None = None, device: str = "cpu") -> None:
@@ -250,7 +260,7 @@ def build_evolution(profile: Profile, *, workers: int | None = None, device: str
         workers: processes that share the runs; None: one per processor.
         device: where formulas are evaluated; another one may round differently, so bytes are the same on one only.
     """
-    _build(profile, runs(profile), (), "evolution.jsonl", workers, device)
+    _build(profile, runs(profile), (), EVOLUTION_LOG, workers, device)
     build_searches(profile)
 
 
@@ -272,7 +282,7 @@ def build_transfer(
         raise InvalidParameterError(f"{profile.name} is to be left out, so it cannot be among the others.")
     seeds = range(profile.evolution.seeds)
     several = [Run(method, "branched", seed) for method in TRANSFERRED for seed in seeds]
-    _build(profile, several, tuple(others), "transfer.jsonl", workers, device)
+    _build(profile, several, tuple(others), TRANSFER, workers, device)
 
 
 def _build(
@@ -283,28 +293,18 @@ def _build(
     workers: int | None,
     device: str,
 ) -> None:
-    started = time.perf_counter()
-    folder = f".{filename}.resume"
-    work = functools.partial(_lines, profile, others, folder=folder, device=device)
-    with contextlib.ExitStack() as stack:
-        if workers == 1:
-            finished = map(work, several)
-        else:
-            context = multiprocessing.get_context("spawn")
-            pool = ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,))
-            finished = stack.enter_context(pool).map(work, several)
-        progress = stack.enter_context(tqdm(total=len(several), desc=profile.name, unit="search"))
-        lines = []
-        for run, found in zip(several, finished, strict=True):
-            lines.append(found)
+    with sole_writer(profile) as folder:
+        started, lines = time.perf_counter(), []
+        finished = share(functools.partial(_lines, profile, others, filename, device), several, workers)
+        progress = tqdm(zip(several, finished, strict=True), total=len(several), desc=profile.name, unit="search")
+        for run, found in progress:
+            lines += found
             best = max(map(json.loads, found), key=lambda line: line["fitness"])
             progress.set_postfix_str(f"{run.name}: {best['fitness']:.3f} {best['best']}")
-            progress.update()
-    with atomic_path(study_folder(profile) / filename) as path:
-        path.write_text("\n".join(itertools.chain(*lines)) + "\n")
-    command = f"emq_lib.experiments.build_{filename.removesuffix('.jsonl')} on {profile.name}"
-    record(profile, filename, command=command, seconds=time.perf_counter() - started, rows=sum(map(len, lines)))
-    shutil.rmtree(study_folder(profile) / folder)
+        entry = {"seconds": time.perf_counter() - started, "rows": len(lines), "others": read_hashes(others)}
+        with new_file(profile, filename, **entry) as path:
+            path.write_text("".join(line + "\n" for line in lines))
+        shutil.rmtree(folder / _resume(filename))
 
 
 SMALL = Space(
@@ -346,10 +346,8 @@ def build_enumeration(profile: Profile) -> None:
         for name, last in ((EVOLUTION, evolved), (CONTROL, drawn)):
             facts = {"method": name, "seed": seed, "genotypes": SMALL.size, "evaluations": last.evaluations}
             lines.append(facts | {"best": last.best, "fitness": last.fitness})
-    with atomic_path(study_folder(profile) / "enumeration.jsonl") as path:
+    with new_file(profile, ENUMERATION, seconds=time.perf_counter() - started, rows=len(lines)) as path:
         path.write_text("".join(to_json(line) + "\n" for line in lines))
-    command = f"book.studies.evolution.build_enumeration on {profile.name}"
-    record(profile, "enumeration.jsonl", command=command, seconds=time.perf_counter() - started, rows=len(lines))
 
 
 def build_searches(profile: Profile) -> None:
@@ -359,7 +357,7 @@ def build_searches(profile: Profile) -> None:
     similar size of the stratified sample.
     """
     started = time.perf_counter()
-    bench, (problem,) = Bench.load(profile), load_problems(profile)
+    bench, (problem,) = load_bench(profile), load_problems(profile)
     _, heldout = bench.split()
     _, spread = bench.split("stratified")
     fair = Problem(problem.evaluator, spread.configs, spread.top1)
@@ -394,13 +392,11 @@ def build_searches(profile: Profile) -> None:
                 "best": last["best"],
             }
         )
-    with atomic_path(study_folder(profile) / "searches.csv") as path:
+    with new_file(profile, SEARCHES, seconds=time.perf_counter() - started, rows=len(rows)) as path:
         pd.DataFrame(rows).to_csv(path, index=False)
-    command = f"book.studies.evolution.build_searches on {profile.name}"
-    record(profile, "searches.csv", command=command, seconds=time.perf_counter() - started, rows=len(rows))
 
 
-def load_evolution(profile: Profile, filename: str = "evolution.jsonl") -> list[dict]:
+def load_evolution(profile: Profile, filename: str = EVOLUTION_LOG) -> list[dict]:
     """Return the lines of a log.
 
     Raises:
@@ -415,10 +411,10 @@ def load_evolution(profile: Profile, filename: str = "evolution.jsonl") -> list[
 
 def load_searches(profile: Profile) -> pd.DataFrame:
     """Return one row per search with its best formula, see :func:`build_searches`."""
-    return pd.read_csv(checked_path(profile, "searches.csv"))
+    return read_table(checked_path(profile, SEARCHES), {"method": str, "structure": str, "seed": int, "best": str})
 
 
-def load_winner(profile: Profile, method: str = REFINED, filename: str = "evolution.jsonl") -> dict:
+def load_winner(profile: Profile, method: str = REFINED, filename: str = EVOLUTION_LOG) -> dict:
     """Return the log line of a method's fittest formula over all seeds and structures: a choice by the search half.
 
     Raises:

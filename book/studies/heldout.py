@@ -10,19 +10,20 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+
+from book.studies.bench import load_bench
+from book.studies.evolution import ALLOCATED, EVOLVED, SEARCHED, TRANSFERRED, load_searches, load_winner
+from book.studies.files import HELDOUT
+from book.studies.proxies import load_proxies, load_statistics
+from book.studies.study import checked_path, has_study, new_file, sole_writer
 from emq_lib.bench.table import Bench
 from emq_lib.core.errors import MissingArtefactError
-from emq_lib.core.files import atomic_path
+from emq_lib.core.files import read_table
 from emq_lib.core.profiles import QUANTIZERS, Profile
 from emq_lib.evolution.evaluator import Evaluator
 from emq_lib.evolution.genotypes import parse
 from emq_lib.proxies import intervals, oracles, ranking
 from emq_lib.proxies.scores import is_table, score
-
-from book.studies.bench import has_study
-from book.studies.evolution import ALLOCATED, EVOLVED, SEARCHED, TRANSFERRED, load_searches, load_winner
-from book.studies.proxies import load_proxies, load_statistics
-from book.studies.study import checked_path, record, study_folder
 
 ORACLE, PAIRWISE = "additive oracle", "pairwise oracle"
 BINS = 5  # of the stratified sample's held-out half, by size
@@ -46,7 +47,7 @@ def load_tables(profile: Profile) -> dict[str, dict]:
         if has_study(profile, filename):
             winners = {name: load_winner(profile, method, filename)["best"] for name, method in methods.items()}
             tables |= _evaluated(profile, winners, variant)
-    search, _ = Bench.load(profile).split()
+    search, _ = load_bench(profile).split()
     started = time.perf_counter()
     oracle = oracles.additive_oracle(search.configs, search.half_a, search.configs, profile.choices)
     seconds = time.perf_counter() - started
@@ -94,19 +95,17 @@ def build_heldout(profile: Profile) -> None:
     held-out half of the stratified sample; Kendall's tau, weighted tau, Pearson on logit accuracy; each with a 95 %
     bootstrap interval. Fitness on the search half (which chose the evolved proxy) and on the held-out half; seconds.
     """
-    started = time.perf_counter()
-    rows = [row for quantizer in QUANTIZERS for row in _rows(profile, quantizer)]
-    table = pd.DataFrame(rows)
-    with atomic_path(study_folder(profile) / "heldout.csv") as path:
-        table.to_csv(path, index=False)
-    command = f"book.studies.heldout.build_heldout on {profile.name}"
-    record(profile, "heldout.csv", command=command, seconds=time.perf_counter() - started, rows=len(table))
+    with sole_writer(profile):
+        started = time.perf_counter()
+        table = pd.DataFrame([row for quantizer in QUANTIZERS for row in _rows(profile, quantizer)])
+        with new_file(profile, HELDOUT, seconds=time.perf_counter() - started, rows=len(table)) as path:
+            table.to_csv(path, index=False)
 
 
 def _rows(profile: Profile, quantizer: str) -> list[dict[str, object]]:
     """Describe every method by its ranks of the configurations measured with one quantizer; none if none were."""
     try:
-        bench = Bench.load(profile, quantizer)
+        bench = load_bench(profile, quantizer)
     except MissingArtefactError:
         return []
     (search, heldout), (_, spread) = bench.split(), bench.split("stratified")
@@ -175,5 +174,5 @@ def _ranks(
 
 def load_heldout(profile: Profile, quantizer: str | None = None) -> pd.DataFrame:
     """Return a study's held-out table for one quantizer, by default the profile's."""
-    table = pd.read_csv(checked_path(profile, "heldout.csv"))
+    table = read_table(checked_path(profile, HELDOUT), {"proxy": str, "quantizer": str, "n": None, "rho100": None})
     return table[table["quantizer"] == (quantizer or profile.quantizer)].reset_index(drop=True)

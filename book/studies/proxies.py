@@ -7,42 +7,45 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
-import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+
+from book.studies.files import BENCH, SCORES, STATISTICS, TABLES
+from book.studies.networks import fresh_model, layer_table, load_folded
+from book.studies.study import checked_path, manifest_of, new_file, save_tensors, sole_writer
+from emq_lib.bench.table import read_bench
 from emq_lib.core.datasets import Split
 from emq_lib.core.errors import CorruptArtefactError
-from emq_lib.core.files import atomic_path, sha256, to_json
+from emq_lib.core.files import read_table, to_json
+from emq_lib.core.graphs import fold_batchnorm
 from emq_lib.core.profiles import Profile
 from emq_lib.proxies.handmade import PROXIES, score_table
-from emq_lib.proxies.layer_statistics import (
-    NUMBERS,
-    SAMPLES,
-    LayerStatistics,
-    _load_folded,
-    _quantized_weights,
-    _weight,
-    measure_statistics,
-)
-from emq_lib.proxies.released import ReleasedStatistics
+from emq_lib.proxies.layer_statistics import LayerStatistics, assemble_statistics, measure_statistics
+from emq_lib.proxies.released import measure_released
 from emq_lib.proxies.scores import score
-from safetensors.torch import load_file
-
-from book.studies.study import checked_path, read_facts, record, save_tensors, study_folder
-
-STATISTICS = "statistics.safetensors"
 
 
 def build_statistics(profile: Profile, calibration: Split) -> None:
-    """Measure the statistics and write ``statistics.safetensors``."""
-    stored = measure_statistics(profile, calibration)
-    seconds = stored.pop("seconds")
-    facts = {"seconds": seconds, "checkpoint": sha256(study_folder(profile) / "model.safetensors")}
-    save_tensors(profile, STATISTICS, stored, facts)
-    command = f"book.studies.proxies.build_statistics on {profile.name}"
-    record(profile, STATISTICS, command=command, seconds=sum(seconds.values()))
+    """Measure the statistics on the calibration images and write ``statistics.safetensors``."""
+    with sole_writer(profile):
+        model = load_folded(profile, calibration.images.device)
+        layers = layer_table(model, profile)
+        random = fold_batchnorm(fresh_model(profile)).to(calibration.images.device)
+        released = measure_released(
+            random,
+            layer_table(random, profile),
+            calibration,
+            choices=profile.choices,
+            shortcuts=tuple(dict(profile.tied)),
+            streams=profile.generator,
+        )
+        stored, seconds = measure_statistics(
+            model, layers, calibration, choices=profile.choices, released=released, streams=profile.generator
+        )
+        save_tensors(profile, STATISTICS, stored, {}, seconds=sum(seconds.values()), costs=seconds)
 
 
 def load_statistics(profile: Profile) -> LayerStatistics:
@@ -50,39 +53,16 @@ def load_statistics(profile: Profile) -> LayerStatistics:
 
     Raises:
         MissingArtefactError: the statistics were not built.
-        CorruptArtefactError: they belong to another checkpoint, or the file is truncated.
+        CorruptArtefactError: the file is truncated, or lacks a statistic.
+        StaleArtefactError: they belong to another checkpoint.
     """
-    path, checkpoint = (checked_path(profile, STATISTICS), checked_path(profile, "model.safetensors"))
-    facts = read_facts(profile, STATISTICS)
-    if facts["checkpoint"] != sha256(checkpoint):
-        raise CorruptArtefactError(f"{path} was measured on another checkpoint. Build it again with REBUILD=True.")
-    stored = load_file(str(path))
-    model, layers = _load_folded(profile)
-    searchable = layers[layers["searchable"]]
-    names = tuple(searchable["name"])
-    quantized = _quantized_weights(model, names, profile.choices)
-    weights = tuple(_weight(model, name).flatten(1) for name in names)
-    return LayerStatistics(
-        choices=profile.choices,
-        names=names,
-        slots=searchable["slot"].to_numpy(),
-        parameters=searchable["parameters"].to_numpy(),
-        macs=searchable["macs"].to_numpy(),
-        weights=weights,
-        errors=tuple(
-            torch.stack([q.flatten(1) - weight for q in quantized[name]])
-            for name, weight in zip(names, weights, strict=True)
-        ),
-        **{key: tuple(stored[f"{key}/{name}"] for name in names) for key in SAMPLES},
-        **{key: stored[key].numpy() for key in NUMBERS},
-        saliencies=_with_prefix(stored, "saliency "),
-        released=ReleasedStatistics(**_with_prefix(stored, "released ")),
-        seconds=facts["seconds"],
-    )
-
-
-def _with_prefix(stored: Mapping[str, torch.Tensor], prefix: str) -> dict[str, np.ndarray]:
-    return {key.removeprefix(prefix): stored[key].numpy() for key in stored if key.startswith(prefix)}
+    path = checked_path(profile, STATISTICS)
+    model = load_folded(profile, "cpu")
+    costs = manifest_of(profile)[STATISTICS].get("costs", {})
+    try:
+        return assemble_statistics(model, layer_table(model, profile), load(path.read_bytes()), profile.choices, costs)
+    except (SafetensorError, KeyError, OSError) as error:
+        raise CorruptArtefactError(f"{path} does not hold the statistics ({error}). Restore or rebuild it.") from error
 
 
 def build_proxies(profile: Profile) -> None:
@@ -91,30 +71,27 @@ def build_proxies(profile: Profile) -> None:
     The JSON file gives, per proxy: variant, seconds (its statistics and its table) and the score table or matrix.
     Configurations with widths that the profile does not offer (the sample "one-bit") have no scores.
     """
-    started = time.perf_counter()
-    statistics, folder = load_statistics(profile), study_folder(profile)
-    configs = scored_configs(profile)
-    columns, facts = {}, {}
-    for name, entry in PROXIES.items():
-        before = time.perf_counter()
-        found = score_table(name, statistics)
-        own = time.perf_counter() - before
-        columns[name] = score(found, np.stack(configs["bits"]), profile.choices)
-        seconds = sum(statistics.seconds[key] for key in entry.reads) + own
-        facts[name] = {"variant": entry.variant, "seconds": seconds, "table": found.tolist()}
-    scores = configs[["config_id"]].assign(**columns)
-    with atomic_path(folder / "proxies.parquet") as path:
-        scores.to_parquet(path, index=False)
-    with atomic_path(folder / "proxies.json") as path:
-        path.write_text(to_json(facts) + "\n")
-    command, seconds = (f"book.studies.proxies.build_proxies on {profile.name}", time.perf_counter() - started)
-    record(profile, "proxies.parquet", command=command, seconds=seconds, rows=len(scores))
-    record(profile, "proxies.json", command=command, seconds=seconds, rows=len(facts))
+    with sole_writer(profile):
+        started = time.perf_counter()
+        statistics, configs = load_statistics(profile), scored_configs(profile)
+        columns, facts = {}, {}
+        for name, entry in PROXIES.items():
+            before = time.perf_counter()
+            found = score_table(name, statistics)
+            own = time.perf_counter() - before
+            columns[name] = score(found, np.stack(configs["bits"]), profile.choices)
+            seconds = sum(statistics.seconds[key] for key in entry.reads) + own
+            facts[name] = {"variant": entry.variant, "seconds": seconds, "table": found.tolist()}
+        scores, spent = configs[["config_id"]].assign(**columns), time.perf_counter() - started
+        with new_file(profile, SCORES, seconds=spent, rows=len(scores)) as path:
+            scores.to_parquet(path, index=False)
+        with new_file(profile, TABLES, seconds=spent, rows=len(facts)) as path:
+            path.write_text(to_json(facts) + "\n")
 
 
 def scored_configs(profile: Profile) -> pd.DataFrame:
     """Return config_id and bits of the bench's configurations, of all quantizers, with the widths on offer."""
-    table = pd.read_parquet(checked_path(profile, "bench.parquet"), columns=["config_id", "bits"])
+    table = read_bench(checked_path(profile, BENCH))[["config_id", "bits"]]
     offered = table["bits"].map(lambda bits: set(bits) <= set(profile.choices))
     return table[offered].drop_duplicates("config_id", ignore_index=True)
 
@@ -126,6 +103,14 @@ def load_proxies(profile: Profile) -> tuple[pd.DataFrame, dict[str, dict]]:
         scores indexed by config_id, one column per proxy; and, per proxy, variant, seconds and "table", its score
         table (S, B) or matrix of pairs (S B, S B).
     """
-    scores = pd.read_parquet(checked_path(profile, "proxies.parquet")).set_index("config_id")
-    facts = json.loads(checked_path(profile, "proxies.json").read_text())
-    return scores, {name: fact | {"table": np.array(fact["table"])} for name, fact in facts.items()}
+    scores = read_table(checked_path(profile, SCORES), {"config_id": str}).set_index("config_id")
+    path = checked_path(profile, TABLES)
+    try:
+        facts = json.loads(path.read_text())
+        entries = {
+            name: {"variant": str(fact["variant"]), "seconds": float(fact["seconds"]), "table": np.array(fact["table"])}
+            for name, fact in facts.items()
+        }
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise CorruptArtefactError(f"{path} does not hold the proxies ({error}). Restore or rebuild it.") from error
+    return scores, entries

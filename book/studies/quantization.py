@@ -10,52 +10,48 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from emq_lib.allocation.approximate import random_within
-from emq_lib.allocation.exact import budget_for_average_bits
-from emq_lib.bench.engine import measure
-from emq_lib.bench.table import Bench
-from emq_lib.core import training
-from emq_lib.core.configs import bits_text, parse_bits
-from emq_lib.core.costs import bops_cost, size_cost
-from emq_lib.core.datasets import ImageData, load_dataset
-from emq_lib.core.files import atomic_path, to_json
-from emq_lib.core.graphs import layer_table
-from emq_lib.core.models import predict, top1
-from emq_lib.core.profiles import QUANTIZERS, Profile
-from emq_lib.core.sources import source_hash
-from emq_lib.proxies.intervals import holm
-from emq_lib.quantization import brecq, qat
-from emq_lib.quantization.adaround import Rounding, learn_rounding
-from emq_lib.quantization.brecq import LAPTOP, Settings, reconstruct_in_order
-from emq_lib.quantization.qat import QatRecipe, train_quantized
 from scipy import stats
 from tqdm.auto import tqdm
 
 from book.studies import rows as measured_rows
 from book.studies.allocation import load_quantization
-from book.studies.bench import has_study, load_layers
+from book.studies.bench import load_bench, load_layers
 from book.studies.checks import with_calibration
-from book.studies.rows import PartialRows, build_network, load_folded, measure_resumably, row_keys
-from book.studies.study import checked_path, read_manifest, record, sole_writer, study_folder
+from book.studies.files import COMPARISON
+from book.studies.images import load_dataset
+from book.studies.networks import build_network, layer_table, load_folded
+from book.studies.rows import PartialRows, measure_resumably, row_keys
+from book.studies.study import checked_path, new_file, seconds_of, sole_writer, study_folder
+from book.studies.workers import share
+from emq_lib.allocation.approximate import random_within
+from emq_lib.allocation.exact import budget_for_average_bits
+from emq_lib.bench.engine import measure
+from emq_lib.core.configs import bits_text, parse_bits
+from emq_lib.core.costs import bops_cost, size_cost
+from emq_lib.core.datasets import ImageData
+from emq_lib.core.errors import MissingArtefactError
+from emq_lib.core.files import read_table, to_json, vouched_path
+from emq_lib.core.models import predict, top1
+from emq_lib.core.profiles import QUANTIZERS, Profile
+from emq_lib.core.sources import code_hash
+from emq_lib.proxies.intervals import holm
+from emq_lib.quantization.brecq import LAPTOP, Settings, reconstruct_in_order
+from emq_lib.quantization.qat import QatRecipe, train_quantized
 
 BUDGETS = (2.25, 2.5, 3.0, 3.5)
 COMPARED = ("uniform", "random", "bit sum", "HAWQ-V2", "OMPQ", "one-layer KL", "evolved", "evolved for allocation")
 BEST_OF_RANDOM, FLOAT = "best of random", "float"
-FILE, PARTIAL = "comparison.parquet", "comparison.partial.jsonl"
+PARTIAL = "comparison.partial.jsonl"
 RECONSTRUCTED, TRAINED = ("brecq", "qat")  # these cost a run for every configuration
 TRAINED_METHODS, TRAINED_BUDGETS = (("uniform", "one-layer KL", "evolved for allocation"), (2.25, 3.0))
-_RECONSTRUCTION = source_hash(brecq, learn_rounding, Rounding)  # the code that decides the numbers
-_TRAINING = source_hash(qat, training.train_epoch, training.augment)
 KEPT = ["top1", "loss", "correct", "quantize_seconds"]
 
 
@@ -110,9 +106,9 @@ def _best_of_random(profile: Profile, data: ImageData) -> pd.DataFrame:
 
 def _known_best(profile: Profile, data: ImageData) -> list[dict]:
     """Return the best random choices of the present table whose measurement still holds."""
-    if not has_study(profile, FILE):
+    table = _present_table(profile)
+    if table is None:
         return []
-    table = pd.read_parquet(checked_path(profile, FILE))
     found = table[(table["proxy"] == BEST_OF_RANDOM) & (table["quantizer"] == QUANTIZERS[0]) & (table["seed"] == 0)]
     found = found[found["key"] == _keys(profile, data, found, None)]
     return found.assign(seed=-1)[["proxy", "average_bits", "seed", "bits", "search_seconds"]].to_dict("records")
@@ -127,7 +123,7 @@ def drawn_at_random(profile: Profile, average: float) -> list[str]:
     """
     size = size_cost(load_layers(profile), profile.choices)
     budget, rng = (budget_for_average_bits(average, size, profile.choices), profile.rng(f"many random at {average}"))
-    count = len(Bench.load(profile).split("stratified")[0])
+    count = len(load_bench(profile).split("stratified")[0])
     drawn = (random_within(size, budget, profile.choices, rng=rng) for _ in range(count))
     return list(dict.fromkeys(map(bits_text, drawn)))
 
@@ -163,8 +159,8 @@ def build_comparison(
         StudyBusyError: another run is writing the study.
         DiskFullError: no room; what was measured is kept.
     """
-    folder, data = study_folder(profile), _with_test_images(data, images)
-    with sole_writer(profile):
+    data = _with_test_images(data, images)
+    with sole_writer(profile) as folder:
         started = time.perf_counter()
         chosen = choose(profile, data)
         trained = chosen["proxy"].isin(TRAINED_METHODS) & chosen["average_bits"].isin(TRAINED_BUDGETS)
@@ -200,16 +196,14 @@ def build_comparison(
         table["size_bytes"] = size_cost(layers, profile.choices).total(configs, profile.choices).astype(np.int64)
         table["bops"] = bops.total(configs, profile.choices).astype(np.int64)
         table = pd.concat([table, _float_row(model, layers, data)], ignore_index=True).assign(images=len(data.test))
-        with atomic_path(folder / FILE) as path:
-            table.to_parquet(path, index=False, compression="zstd")
-        command = f"book.studies.quantization.build_comparison on {profile.name}"
         spent = {
             RECONSTRUCTED: f"{settings.iterations} steps per block, {settings.activation_iterations} for its inputs",
             TRAINED: f"{epochs} epochs",
         }
         note = "; ".join(f"{quantizer}: {what}" for quantizer, what in spent.items() if quantizer in quantizers)
         seconds = seconds_before + time.perf_counter() - started
-        record(profile, FILE, command=command, seconds=seconds, rows=len(table), note=note)
+        with new_file(profile, COMPARISON, seconds=seconds, rows=len(table), note=note) as path:
+            table.to_parquet(path, index=False, compression="zstd")
         for name in (PARTIAL, measured_rows.PARTIAL):
             (folder / name).unlink(missing_ok=True)
 
@@ -250,11 +244,10 @@ def _run(
 ) -> Iterator[tuple[Job, dict]]:
     """Yield the jobs with their rows, in order."""
     if workers == 1:
-        yield from ((job, quantize_and_measure(profile, data, effort, job)) for job in jobs)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield from zip(jobs, pool.map(functools.partial(_work, profile, effort, len(data.test)), jobs), strict=True)
+        work = functools.partial(quantize_and_measure, profile, data, effort)
+    else:  # processes load the images themselves
+        work = functools.partial(_work, profile, effort, len(data.test))
+    yield from zip(jobs, share(work, jobs, workers), strict=True)
 
 
 def _work(profile: Profile, effort: Effort, images: int, job: Job) -> dict[str, dict]:
@@ -313,8 +306,8 @@ def _keys(profile: Profile, data: ImageData, wanted: pd.DataFrame, effort: Effor
             {}
             if effort is None
             else {
-                RECONSTRUCTED: [dataclasses.asdict(effort.settings), _RECONSTRUCTION],
-                TRAINED: [dataclasses.asdict(effort.recipe), _TRAINING],
+                RECONSTRUCTED: [dataclasses.asdict(effort.settings), code_hash("emq_lib.quantization.brecq")],
+                TRAINED: [dataclasses.asdict(effort.recipe), code_hash("emq_lib.quantization.qat")],
             }
         )
         text = to_json(how[quantizer]) if quantizer in how else ""
@@ -323,19 +316,29 @@ def _keys(profile: Profile, data: ImageData, wanted: pd.DataFrame, effort: Effor
     return [keys[index] for index in wanted.index]
 
 
+def _present_table(profile: Profile) -> pd.DataFrame | None:
+    """Return the study's present table, which may be out of date: its rows hold or not one by one, by their keys."""
+    try:
+        path = vouched_path(study_folder(profile), COMPARISON)
+    except MissingArtefactError:
+        return None
+    return read_table(path, dict.fromkeys(("proxy", "quantizer", "seed", "key", *KEPT)))
+
+
 def _present_rows(profile: Profile) -> tuple[dict[str, dict], float]:
     """Return key -> row of the study's present table, and the wall time it took."""
-    if not has_study(profile, FILE):
+    table = _present_table(profile)
+    if table is None:
         return {}, 0.0
-    table = pd.read_parquet(checked_path(profile, FILE)).drop_duplicates("key").set_index("key")
-    table = table.drop(index=FLOAT, errors="ignore")
+    table = table.drop_duplicates("key").set_index("key").drop(index=FLOAT, errors="ignore")
     table["correct"] = table["correct"].map(lambda packed: base64.b64encode(packed).decode())
-    return table[KEPT].to_dict("index"), read_manifest(profile)[FILE]["seconds"]
+    return table[KEPT].to_dict("index"), seconds_of(profile, COMPARISON)
 
 
 def load_comparison(profile: Profile) -> pd.DataFrame:
     """Return the study's table of :func:`build_comparison`, with `hits`: bool arrays, one entry per test image."""
-    table = pd.read_parquet(checked_path(profile, FILE))
+    needed = ("proxy", "average_bits", "seed", "bits", "quantizer", "images", *KEPT)
+    table = read_table(checked_path(profile, COMPARISON), dict.fromkeys(needed))
     hits = [
         np.unpackbits(np.frombuffer(row.correct, np.uint8), count=row.images).astype(bool) for row in table.itertuples()
     ]

@@ -5,59 +5,28 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import json
 import pathlib
 import time
 from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
-import torch
-from emq_lib.bench.engine import Measurement
-from emq_lib.bench.remote import measure_anywhere
-from emq_lib.core import networks, quantizers
-from emq_lib.core.bank import build_weight_bank
-from emq_lib.core.datasets import ImageData
-from emq_lib.core.errors import DatasetMismatchError
-from emq_lib.core.files import atomic_path, named_when_full, sha256, to_json
-from emq_lib.core.graphs import fold_batchnorm, layer_table
-from emq_lib.core.models import load_checkpoint
-from emq_lib.core.networks import QuantizedNetwork
-from emq_lib.core.profiles import Profile
-from emq_lib.core.sources import source_hash
-from emq_lib.quantization import adaround
 from tqdm.auto import tqdm
 
+from book.studies.files import DECIDES_ROWS, MODEL
+from book.studies.networks import load_folded
 from book.studies.study import checked_path, study_folder
+from emq_lib.bench.engine import Measurement
+from emq_lib.bench.remote import measure_anywhere
+from emq_lib.core.datasets import ImageData
+from emq_lib.core.errors import CorruptArtefactError
+from emq_lib.core.files import sha256, to_json
+from emq_lib.core.journal import Journal
+from emq_lib.core.networks import QuantizedNetwork
+from emq_lib.core.profiles import Profile
+from emq_lib.core.sources import code_hash
 
 PARTIAL = "measured.partial.jsonl"
-
-
-def load_folded(profile: Profile, device: torch.device | str) -> torch.fx.GraphModule:
-    """Return the study's float network with folded batch norm, from the checkpoint in the study's folder."""
-    return fold_batchnorm(load_checkpoint(profile, checked_path(profile, "model.safetensors"))).to(device)
-
-
-def build_network(profile: Profile, data: ImageData) -> tuple[QuantizedNetwork, pd.DataFrame]:
-    """Return the study's quantized network and its layer table, from the checkpoint in the study's folder.
-
-    Raises:
-        DatasetMismatchError: the images have another number of classes than the network.
-        UnsupportedModelError: a layer sees NaN or infinity, or cannot be quantized.
-    """
-    model = load_folded(profile, data.test.images.device)
-    layers = layer_table(model, profile)
-    if data.classes != layers["channels"].iloc[-1]:
-        raise DatasetMismatchError(
-            f"The images have {data.classes} classes, but the checkpoint of {profile.name!r} tells "
-            f"{layers['channels'].iloc[-1]} apart. Check the class folders."
-        )
-    if profile.quantizer == "adaround":
-        bank = adaround.build_adaround_bank(model, layers, profile.choices, data.calibration)
-    else:
-        bank = build_weight_bank(model, layers, profile.choices)
-    ranges = quantizers.choose_activation_ranges(model, layers, data.calibration, bits=profile.activation_bits)
-    return QuantizedNetwork(model, bank, ranges), layers
 
 
 def measure_resumably(
@@ -98,9 +67,10 @@ def measure_resumably(
     measured = dict(known or {}) | finished.read()
     missing = [config for key, config in zip(keys, configs, strict=True) if key not in measured]
     key_of = {tuple(map(int, config)): key for key, config in zip(keys, configs, strict=True)}
+    model = load_folded(profile, split.images.device) if scheduler else None
     with tqdm(total=len(configs), initial=len(configs) - len(missing), desc=profile.name, unit="config") as progress:
         started = time.perf_counter()
-        for block in measure_anywhere(profile, network, split, np.array(missing), scheduler):
+        for block in measure_anywhere(network, split, np.array(missing), model=model, scheduler=scheduler):
             rows = {key_of[item.config]: row_of(item) for item in block}
             finished.append(rows, seconds=time.perf_counter() - started)
             measured |= rows
@@ -125,49 +95,48 @@ def row_of(item: Measurement) -> dict[str, float | int]:
 def row_keys(profile: Profile, data: ImageData, images: int, configs: np.ndarray) -> list[str]:
     """Return one hexadecimal key per configuration: a hash of everything that its row depends on."""
     facts = {
-        "checkpoint": sha256(study_folder(profile) / "model.safetensors"),
+        "checkpoint": sha256(checked_path(profile, MODEL)),
         "images": (data.digest, images),
         "calibration": hashlib.blake2b(data.calibration.images.cpu().numpy().tobytes(), digest_size=12).hexdigest(),
         "quantized": (profile.quantizer, profile.pinned, profile.tied, profile.activation_bits),
-        "code": code_version(profile.quantizer),
+        "code": rows_version(profile.quantizer),
     }
     prefix = to_json(facts).encode()
     return [hashlib.blake2b(prefix + bytes(map(int, config)), digest_size=12).hexdigest() for config in configs]
 
 
 @functools.cache
-def code_version(quantizer: str) -> str:
-    """Return a hash of the code that decides a row's numbers: folding, ranges, rounding, the arithmetic of a layer.
-
-    Comments and docstrings do not count, nor does the engine around that code: how work is shared and which
-    instructions multiply changes no number, which the tests check.
-    """
-    decisive = [fold_batchnorm, quantizers.choose_qparams, quantizers._affine, quantizers._round_trip]
-    decisive += [quantizers.QuantizedWeight, quantizers.quantize, quantizers.choose_activation_ranges]
-    decisive += [quantizers.ActivationRange, networks.QuantizedLayer.forward]
-    return source_hash(*decisive, *([adaround] if quantizer == "adaround" else []))
+def rows_version(quantizer: str) -> str:
+    """Return a hash of the code that decides a row's numbers: folding, ranges, rounding, the arithmetic of a layer."""
+    learned = ["emq_lib.quantization.adaround:build_adaround_bank"] if quantizer == "adaround" else []
+    return code_hash(*DECIDES_ROWS, *learned)
 
 
 class PartialRows:
-    """Finished rows of a long measurement on disk: one JSON line per block.
+    """Finished rows of a long measurement on disk: a journal with one line per block.
 
-    A line that a crash cut off is dropped on reading, so what is read was written whole.
+    Attributes:
+        seconds: wall time of all blocks.
+
+    Raises:
+        CorruptArtefactError: a line that no run wrote.
     """
 
     def __init__(self, path: pathlib.Path) -> None:
-        self.path, self.seconds = path, 0.0
+        self._journal = Journal(path, {"rows of": path.name})
+        for number, line in enumerate(self._journal.lines, start=2):
+            rows, seconds = line.get("rows"), line.get("seconds")
+            if not isinstance(rows, dict) or not isinstance(seconds, float | int):
+                raise CorruptArtefactError(f"{path}, line {number}, was written by no run. Delete the file.")
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all finished blocks."""
+        return float(sum(line["seconds"] for line in self._journal.lines))
 
     def read(self) -> dict[str, dict]:
-        """Return key -> row of every block that was written whole, and forget the rest."""
-        if not self.path.exists():
-            return {}
-        *whole, cut = self.path.read_text().split("\n")
-        if cut:
-            with atomic_path(self.path) as path:
-                path.write_text("".join(line + "\n" for line in whole))
-        lines = [json.loads(line) for line in whole]
-        self.seconds = sum(line["seconds"] for line in lines)
-        return dict(itertools.chain.from_iterable(line["rows"].items() for line in lines))
+        """Return key -> row of every finished block."""
+        return dict(itertools.chain.from_iterable(line["rows"].items() for line in self._journal.lines))
 
     def append(self, rows: Mapping[str, Mapping], *, seconds: float) -> None:
         """Add one finished block and the wall time it took.
@@ -175,7 +144,4 @@ class PartialRows:
         Raises:
             DiskFullError: there is no room for it.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with named_when_full(self.path), self.path.open("a") as file:
-            file.write(to_json({"rows": rows, "seconds": seconds}) + "\n")
-        self.seconds += seconds
+        self._journal.append({"rows": rows, "seconds": seconds})

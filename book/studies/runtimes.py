@@ -14,18 +14,18 @@ import numpy as np
 import onnxruntime
 import pandas as pd
 import torch
-from emq_lib.core.configs import bits_text, parse_bits
-from emq_lib.core.datasets import ImageData, Split
-from emq_lib.core.files import atomic_path
-from emq_lib.core.models import build_model, predict, top1
-from emq_lib.core.profiles import Profile
-from emq_lib.quantization import onnx_export
-from emq_lib.quantization.packed import load_network, save_network
 
 from book.making.tables import mean_with_interval
 from book.studies.allocation import load_quantization
-from book.studies.rows import build_network, load_folded
-from book.studies.study import checked_path, record, sole_writer, study_folder
+from book.studies.files import RUNTIMES
+from book.studies.networks import build_network, fresh_model, load_folded
+from book.studies.study import checked_path, new_file, sole_writer
+from emq_lib.core.configs import bits_text, parse_bits
+from emq_lib.core.datasets import ImageData, Split
+from emq_lib.core.models import predict, top1
+from emq_lib.core.profiles import Profile
+from emq_lib.quantization import onnx_export
+from emq_lib.quantization.packed import load_network, save_network
 
 MIXED, AVERAGE, WIDE = "evolved for allocation", 2.5, (4, 8)
 ROUNDS, CALLS, BATCHES = 30, 10, (1, 32)
@@ -93,7 +93,7 @@ def build_runtimes(profile: Profile, data: ImageData) -> None:
             onnx_export.save_onnx(exact, network, example, exact=True)
             save_network(packed, network)
             truth = predict(network, data.test)
-            again = predict(load_network(packed, build_model(profile)), data.test)
+            again = predict(load_network(packed, fresh_model(profile)), data.test)
             found = _agreement({"exact": exact, "qdq": files[name], "optimized": files[name]}, truth, data.test)
             facts = {"network": name, "bits": bits_text(config), "packed_bytes": packed.stat().st_size}
             rows.append(facts | {"same_packed": int((again == truth).all(dim=1).sum())} | found)
@@ -101,11 +101,9 @@ def build_runtimes(profile: Profile, data: ImageData) -> None:
         for batch in BATCHES:
             timed = _time(files, data.test[:batch])
             table = table.merge(timed.add_suffix(f"_{batch}"), left_on="network", right_index=True)
-    with atomic_path(study_folder(profile) / "runtimes.csv") as path:
-        table.to_csv(path, index=False)
-    command = f"book.studies.runtimes.build_runtimes on {profile.name}"
     note = f"onnxruntime {onnxruntime.__version__}, one thread"
-    record(profile, "runtimes.csv", command=command, seconds=time.perf_counter() - started, rows=len(table), note=note)
+    with new_file(profile, RUNTIMES, seconds=time.perf_counter() - started, rows=len(table), note=note) as path:
+        table.to_csv(path, index=False)
 
 
 def load_runtimes(profile: Profile) -> pd.DataFrame:

@@ -1,97 +1,230 @@
-"""Files of a study under ``data/<profile>/``: their place, the lock, and the manifest that vouches for them."""
+"""Files of a study under ``data/<profile>/``: their place, the lock, and the manifest that vouches for them.
+
+A file is written whole and entered into ``manifest.json`` in one step that survives a kill: it is staged under another
+name, entered, and put in its place; whoever comes after a kill finishes that. Its entry holds the hashes of the files
+that it was computed from and of the code that decides its numbers, so that a stale file is refused, with the command
+that renews it. :mod:`book.studies.files` says which file is made from what.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
-import torch
-from emq_lib.core.errors import CorruptArtefactError, MissingArtefactError, StudyBusyError
-from emq_lib.core.files import atomic_path, device_name, sha256, to_json
-from emq_lib.core.profiles import Profile
 from filelock import FileLock, Timeout
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from book.places import REPOSITORY
+from book.studies.files import FILES
+from emq_lib.core.errors import CorruptArtefactError, MissingArtefactError, StaleArtefactError, StudyBusyError
+from emq_lib.core.files import (
+    MANIFEST,
+    atomic_path,
+    named_when_unwritable,
+    read_manifest,
+    sha256,
+    staged_path,
+    sweep,
+    to_json,
+    vouched_path,
+    write_bytes,
+)
+from emq_lib.core.profiles import Profile, get_profile, is_published
+from emq_lib.core.sources import code_hash
+
+if TYPE_CHECKING:
+    import torch
 
 _RECORDED_PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pandas", "pyarrow", "safetensors")
+_SAFETENSORS_LENGTH = 8  # bytes in front of the header
 
 
 def study_folder(profile: Profile) -> pathlib.Path:
-    """Return the profile's folder: under ``data/``, or under the folder that ``EMQ_STUDY_ROOT`` names."""
+    """Return the profile's folder: under ``data/``, or under the folder that ``EMQ_STUDY_ROOT`` names.
+
+    A study of another seed than the published one never stands in ``data/``: it has a folder of its own in ``_build``.
+    """
     root = os.environ.get("EMQ_STUDY_ROOT")
-    return (pathlib.Path(root) if root else REPOSITORY / "data") / profile.name
+    if root:
+        return pathlib.Path(root) / profile.name
+    if is_published(profile):
+        return REPOSITORY / "data" / profile.name
+    return REPOSITORY / "_build" / profile.name / f"studies-seed-{profile.seed}" / profile.name
 
 
 @contextlib.contextmanager
-def sole_writer(profile: Profile) -> Iterator[None]:
+def sole_writer(profile: Profile) -> Iterator[pathlib.Path]:
     """Keep every other run from writing the study while the block runs; a killed run does not block later ones.
+
+    What a killed run left half done is finished or removed. Inside the block PyTorch and linear algebra use one thread,
+    so that a study has the same bytes whatever the number of processors. May be nested.
+
+    Yields:
+        the study's folder.
 
     Raises:
         StudyBusyError: another run is writing it.
+        UnwritablePathError: the folder cannot be written.
     """
     folder = study_folder(profile)
-    folder.mkdir(parents=True, exist_ok=True)
+    with named_when_unwritable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0, is_singleton=True)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise StudyBusyError(
+                f"Another run is writing the study in {folder}. Wait for it, stop it, or set EMQ_STUDY_ROOT elsewhere."
+            ) from error
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        if lock.lock_counter == 1:
+            _finish(folder)
+            with one_thread():
+                yield folder
+        else:
+            yield folder
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let PyTorch and the libraries of linear algebra use one thread inside the block."""
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
             yield
-    except Timeout as error:
-        raise StudyBusyError(
-            f"Another run is writing the study in {folder}. Wait for it, stop it, or set EMQ_STUDY_ROOT elsewhere."
-        ) from error
+    finally:
+        torch.set_num_threads(before)
 
 
-def read_manifest(profile: Profile) -> dict[str, dict]:
-    """Return the study's manifest: file name -> provenance. A study without one gives an empty dictionary.
-
-    Raises:
-        CorruptArtefactError: the manifest is not valid JSON.
-    """
-    path = study_folder(profile) / "manifest.json"
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise CorruptArtefactError(f"{path} is not valid JSON ({error}). Restore or rebuild it.") from error
+def _finish(folder: pathlib.Path) -> None:
+    """Put staged files that the manifest vouches for in their place; remove others and what killed runs left."""
+    manifest = read_manifest(folder)
+    for staged in folder.glob(".*.staged"):
+        filename = staged.name.removeprefix(".").removesuffix(".staged")
+        if filename in manifest and sha256(staged) == manifest[filename]["sha256"]:
+            os.replace(staged, folder / filename)
+        else:
+            staged.unlink()
+    sweep(folder)
 
 
-def record(
-    profile: Profile, filename: str, *, command: str, seconds: float, rows: int | None = None, note: str = ""
-) -> None:
-    """Enter a file that was just written into the study's manifest.
+@contextlib.contextmanager
+def new_file(
+    profile: Profile,
+    filename: str,
+    *,
+    seconds: float,
+    rows: int | None = None,
+    note: str = "",
+    costs: Mapping[str, float] | None = None,
+    others: Mapping[str, str] | None = None,
+) -> Iterator[pathlib.Path]:
+    """Yield a path to write a file of the study to; on success it takes its place together with its manifest entry.
 
     Args:
         profile: the study.
         filename: name inside the study's folder.
-        command: what a reader calls to make the file again.
-        seconds: wall time it took.
+        seconds: wall time that it took.
         rows: number of rows, for tables.
-        note: anything a reader of the card must know.
+        note: anything that a reader of the card must know.
+        costs: what was computed -> wall time.
+        others: "study/file" -> SHA-256, of files of other studies that it was computed from.
+
+    Raises:
+        StudyBusyError, DiskFullError, UnwritablePathError: nothing was changed.
     """
-    folder = study_folder(profile)
-    manifest = read_manifest(profile)
-    manifest[filename] = {
-        "sha256": sha256(folder / filename),
-        "rows": rows,
-        "command": command,
+    with sole_writer(profile) as folder:
+        staged = staged_path(folder, filename)
+        with atomic_path(staged) as path:
+            yield path
+        manifest = read_manifest(folder)
+        manifest[filename] = _entry(profile, filename, staged) | {
+            "rows": rows,
+            "seconds": round(seconds, 1),
+            "note": note,
+            **({"costs": dict(costs)} if costs else {}),
+        }
+        manifest[filename]["inputs"] |= dict(others or {})
+        _write_manifest(folder, manifest)
+        os.replace(staged, folder / filename)
+
+
+def _entry(profile: Profile, filename: str, path: pathlib.Path) -> dict[str, object]:
+    """Return what the manifest says of a file's origin."""
+    return {
+        "sha256": sha256(path),
+        "command": renewal(profile, filename),
+        "inputs": _present_inputs(profile, filename),
+        "settings": settings_hash(profile, filename),
+        "code": code_version(filename),
         "seed": profile.seed,
         "commit": _commit(),
         "versions": {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES},
         "python": platform.python_version(),
         "device": device_name(),
-        "seconds": round(seconds, 1),
-        "note": note,
     }
-    with atomic_path(folder / "manifest.json") as path:
-        path.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+
+
+def _write_manifest(folder: pathlib.Path, manifest: Mapping[str, dict]) -> None:
+    write_bytes(folder / MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _present_inputs(profile: Profile, filename: str) -> dict[str, str]:
+    """Return file -> SHA-256 of what a file is computed from, as far as it is there."""
+    if filename not in FILES:
+        return {}
+    manifest = read_manifest(study_folder(profile))
+    return {name: manifest[name]["sha256"] for name in FILES[filename].inputs if name in manifest}
+
+
+def settings_hash(profile: Profile, filename: str) -> str:
+    """Return a hash of the profile's fields that decide a file."""
+    fields = FILES[filename].settings if filename in FILES else ()
+    facts = repr([(field, getattr(profile, field)) for field in sorted(fields)])
+    return hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
+
+
+def code_version(filename: str) -> str:
+    """Return the hash of the code that decides a file's numbers."""
+    return code_hash(*FILES[filename].code) if filename in FILES else ""
+
+
+def renewal(profile: Profile, filename: str) -> str:
+    """Return the command that makes a file of a study again."""
+    return f"python -m book.studies build {profile.name} {filename}"
+
+
+def stale_because(profile: Profile, filename: str) -> list[str]:
+    """Return why a file of a study is out of date, if it is: inputs, settings or code that have changed since."""
+    entry = read_manifest(study_folder(profile)).get(filename, {})
+    if not isinstance(entry.get("inputs"), dict):
+        return ["the manifest does not say what it was made from"]
+    found = []
+    for name, digest in entry["inputs"].items():
+        study, _, file = name.rpartition("/")
+        other = get_profile(study) if study else profile
+        now = read_manifest(study_folder(other)).get(file, {}).get("sha256")
+        if now != digest:
+            found.append(f"{name} {'has changed' if now else 'is gone'}")
+    if entry.get("settings") != settings_hash(profile, filename):
+        found.append("the profile has changed")
+    if entry.get("code") != code_version(filename):
+        found.append("the code that makes it has changed")
+    return found
 
 
 def checked_path(profile: Profile, filename: str) -> pathlib.Path:
@@ -100,41 +233,69 @@ def checked_path(profile: Profile, filename: str) -> pathlib.Path:
     Raises:
         MissingArtefactError: the file or its manifest entry is absent.
         CorruptArtefactError: the file is not the one that the manifest describes.
+        StaleArtefactError: it was made from other files, settings or code than there are now, and the manifest does not
+            say that it is published as "outdated" all the same.
     """
-    path = study_folder(profile) / filename
-    remedy = f"Restore it, or make it again: run the chapters on {profile.name!r} with REBUILD=True."
-    if not path.is_file():
-        raise MissingArtefactError(f"{path} does not exist. {remedy}")
-    entry = read_manifest(profile).get(filename)
-    if entry is None:
-        raise MissingArtefactError(f"{path} is not listed in manifest.json, so nothing vouches for it. {remedy}")
-    if sha256(path) != entry["sha256"]:
-        raise CorruptArtefactError(
-            f"{path} does not match the SHA-256 in manifest.json: truncated or altered. {remedy}"
-        )
+    remedy = f"Restore it, or make it again: {renewal(profile, filename)}"
+    path = vouched_path(study_folder(profile), filename, remedy)
+    if outdated(profile, filename) is None and (reasons := stale_because(profile, filename)):
+        raise StaleArtefactError(f"{path} is out of date: {'; '.join(reasons)}. Renew it: {renewal(profile, filename)}")
     return path
 
 
+def outdated(profile: Profile, filename: str) -> str | None:
+    """Return why a file is published although it is out of date, as its manifest entry says it; None if it is not."""
+    return read_manifest(study_folder(profile)).get(filename, {}).get("outdated")
+
+
+def manifest_of(profile: Profile) -> dict[str, dict]:
+    """Return a study's manifest: file name -> provenance. Errors: :func:`emq_lib.core.files.read_manifest`."""
+    return read_manifest(study_folder(profile))
+
+
+def has_study(profile: Profile, *filenames: str) -> bool:
+    """Return whether every named file of the study is there, unaltered and up to date."""
+    try:
+        for filename in filenames:
+            checked_path(profile, filename)
+    except MissingArtefactError:
+        return False
+    return True
+
+
 def save_tensors(
-    profile: Profile, filename: str, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, object]
+    profile: Profile, filename: str, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, object], **entry: object
 ) -> None:
     """Write tensors, and facts about them, as one safetensors file of the study; same content, same bytes.
 
-    The facts are one text, because the format stores several texts in any order.
+    The facts are one text, because the format stores several texts in any order. `entry` is as of :func:`new_file`.
     """
+    from safetensors.torch import save
+
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with atomic_path(study_folder(profile) / filename) as path:
-        save_file(contiguous, str(path), metadata={"facts": to_json(facts)})
+    with new_file(profile, filename, **entry) as path:
+        path.write_bytes(save(contiguous, metadata={"facts": to_json(facts)}))
 
 
 def read_facts(profile: Profile, filename: str) -> dict:
     """Return the facts that a safetensors file of the study carries.
 
     Raises:
-        MissingArtefactError, CorruptArtefactError: see :func:`checked_path`.
+        MissingArtefactError, CorruptArtefactError, StaleArtefactError: see :func:`checked_path`.
     """
-    with safe_open(str(checked_path(profile, filename)), "pt") as file:
-        return json.loads(file.metadata()["facts"])
+    path = checked_path(profile, filename)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_SAFETENSORS_LENGTH), "little")
+        header = file.read(min(length, path.stat().st_size))
+    try:
+        return json.loads(json.loads(header)["__metadata__"]["facts"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptArtefactError(f"{path} is no file of a study ({error}). Restore or rebuild it.") from error
+
+
+def seconds_of(profile: Profile, filename: str) -> float:
+    """Return the wall time that a file took, 0 if there is none."""
+    return float(read_manifest(study_folder(profile)).get(filename, {}).get("seconds", 0.0))
 
 
 def _commit() -> str:
@@ -142,9 +303,17 @@ def _commit() -> str:
     try:
         run = {"cwd": REPOSITORY, "capture_output": True, "text": True, "check": True}
         commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--", "emq_lib", "book/studies"], **run
-        ).stdout.strip()
+        places = ["emq_lib", "book/studies"]
+        changed = subprocess.run(["git", "status", "--porcelain", "--", *places], **run).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit + ("+changes" if changed else "")
+
+
+def device_name() -> str:
+    """Describe the processor or the accelerator in words."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"

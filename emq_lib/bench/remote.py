@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
 
-from book.studies.study import checked_path
 from emq_lib.bench.engine import Measurement, _blocks, _engine, measure
 from emq_lib.core.datasets import Split
-from emq_lib.core.graphs import fold_batchnorm
-from emq_lib.core.models import build_model, load_checkpoint
 from emq_lib.core.networks import QuantizedNetwork
-from emq_lib.core.profiles import Profile
 
 
 def measure_anywhere(
-    profile: Profile, network: QuantizedNetwork, split: Split, configs: np.ndarray, scheduler: str | None
+    network: QuantizedNetwork,
+    split: Split,
+    configs: np.ndarray,
+    *,
+    model: torch.fx.GraphModule | None = None,
+    scheduler: str | None = None,
 ) -> Iterator[list[Measurement]]:
     """Yield measured blocks from this process, or from the workers of a scheduler as they finish.
 
     Args:
-        profile: the study; its checkpoint goes to the workers.
-        network: its quantized network.
+        network: the quantized network.
         split: images and labels.
         configs: bits, shape (N, S).
-        scheduler: address of a ``dask.distributed`` scheduler, or None.
+        model: the float network that it was made from, which goes to the workers.
+        scheduler: address of a ``dask.distributed`` scheduler; None: this process measures.
     """
     if not len(configs):
         return
@@ -35,9 +38,8 @@ def measure_anywhere(
         return
     from distributed import Client, as_completed
 
-    state = load_checkpoint(profile, checked_path(profile, "model.safetensors")).state_dict()
     with Client(scheduler) as client:
-        parts = (profile, state, network.bank, network.activation_ranges, split)
+        parts = (model, network.bank, network.activation_ranges, split)
         shared = client.scatter(parts, broadcast=True, hash=False)
         blocks = _blocks(network, configs)
         futures = [client.submit(_measure_remotely, shared, block, pure=False, retries=3) for block in blocks]
@@ -51,11 +53,9 @@ _ONE_AT_A_TIME = threading.Lock()  # a network has one selected configuration
 
 def _measure_remotely(parts: tuple, block: Sequence[tuple[int, ...]]) -> list[Measurement]:
     """Measure one block on a worker, which builds the network from its parts once."""
-    profile, state, bank, activation_ranges, split = parts
+    model, bank, activation_ranges, split = parts
     with _ONE_AT_A_TIME:
         if _ON_WORKER.get("parts") is not parts:
-            model = build_model(profile)
-            model.load_state_dict(state)
-            folded = fold_batchnorm(model).to(split.images.device)
-            _ON_WORKER.update(parts=parts, engine=_engine(QuantizedNetwork(folded, bank, activation_ranges), split))
+            network = QuantizedNetwork(copy.deepcopy(model), bank, activation_ranges)
+            _ON_WORKER.update(parts=parts, engine=_engine(network, split))
         return _ON_WORKER["engine"].measure(split, block)

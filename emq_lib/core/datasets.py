@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 
 from emq_lib.core.errors import DatasetMismatchError, DatasetNotFoundError
-from emq_lib.core.profiles import Profile
 
 if TYPE_CHECKING:
     from torchvision.datasets import ImageFolder
@@ -104,8 +103,10 @@ class ImageData:
         return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
-def load_dataset(profile: Profile) -> ImageData:
-    """Load a profile's images and cut them into its fixed splits.
+def load_images(
+    dataset: str, *, validation_images: int, calibration_images: int, rng: np.random.Generator
+) -> ImageData:
+    """Load images and cut them into fixed splits.
 
     Digits ship with scikit-learn. CIFAR-10 is looked for under the folder that the environment variable
     ``EMQ_DATA_ROOT`` names, as ``cifar10.npz``, as torchvision's ``cifar-10-batches-py`` or as an ImageFolder tree
@@ -114,29 +115,35 @@ def load_dataset(profile: Profile) -> ImageData:
     ImageNet is the reader's own ImageFolder tree ``imagenet/train/<class>/*`` and ``imagenet/val/<class>/*`` under that
     folder; of its training images only the calibration images are read, which are its validation images too.
 
+    Args:
+        dataset: "digits", "cifar10" or "imagenet".
+        validation_images: training images set aside.
+        calibration_images: of the training images that are left.
+        rng: draws ImageNet's calibration images; the other splits are fixed by the images' content.
+
     Raises:
         DatasetNotFoundError: no images where they are looked for.
         DatasetMismatchError: the images found are not CIFAR-10, or the class folders of the two parts differ.
     """
-    if profile.dataset == "imagenet":
-        return _imagenet(profile)
-    arrays = {"digits": _digits, "cifar10": _cifar10}[profile.dataset]()
+    if dataset == "imagenet":
+        return _imagenet(calibration_images, rng=rng)
+    arrays = {"digits": _digits, "cifar10": _cifar10}[dataset]()
     (train_images, train_labels, train_hashes) = _sorted_by_content(*arrays["train"])
     (test_images, test_labels, test_hashes) = _sorted_by_content(*arrays["test"])
     digest = hashlib.sha256(b"".join(train_hashes + test_hashes)).hexdigest()
-    if profile.dataset == "cifar10" and digest != CIFAR10_DIGEST:
+    if dataset == "cifar10" and digest != CIFAR10_DIGEST:
         raise DatasetMismatchError(
             f"The images under EMQ_DATA_ROOT are not CIFAR-10 (digest {digest[:12]}, expected {CIFAR10_DIGEST[:12]}). "
             "Unpack or download them again."
         )
-    held = profile.validation_images
+    held = validation_images
     scaled = train_images[held:].to(torch.float64) / 255
     mean, std = (statistic(scaled, dim=(0, 2, 3)).float() for statistic in (torch.mean, torch.std))
     train = Split(train_images[held:], train_labels[held:], mean, std)
     return ImageData(
         train=train,
         validation=Split(train_images[:held], train_labels[:held], mean, std),
-        calibration=train[: profile.calibration_images],
+        calibration=train[:calibration_images],
         test=Split(test_images, test_labels, mean, std),
         digest=digest,
         classes=int(train_labels.max()) + 1,
@@ -155,23 +162,23 @@ def preprocess_imagenet(image: Image.Image) -> torch.Tensor:
     return v2.functional.pil_to_tensor(v2.functional.center_crop(whole, [224, 224]))
 
 
-def _imagenet(profile: Profile) -> ImageData:
+def _imagenet(calibration_images: int, *, rng: np.random.Generator) -> ImageData:
     """Return the reader's ImageNet, preprocessed: validation images, and calibration images of the training set."""
     root = pathlib.Path(os.environ.get("EMQ_DATA_ROOT", "")) / "imagenet"
     if not os.environ.get("EMQ_DATA_ROOT") or not root.is_dir():
         raise DatasetNotFoundError(
-            f"{profile.name!r} needs your own copy of ImageNet: set EMQ_DATA_ROOT to a folder that holds "
+            "This study needs your own copy of ImageNet: set EMQ_DATA_ROOT to a folder that holds "
             "imagenet/train/<class>/ and imagenet/val/<class>/."
         )
     calibration, test = (_open_folder(root / part) for part in ("train", "val"))
     if calibration.classes != test.classes:
         odd = sorted(set(calibration.classes) ^ set(test.classes))
         raise DatasetMismatchError(f"{root}: train/ and val/ differ in the class folders {odd[:5]}. Complete the tree.")
-    if len(calibration.samples) < profile.calibration_images:
+    if len(calibration.samples) < calibration_images:
         raise DatasetNotFoundError(
-            f"{root / 'train'} has {len(calibration.samples)} images; calibration needs {profile.calibration_images}."
+            f"{root / 'train'} has {len(calibration.samples)} images; calibration needs {calibration_images}."
         )
-    drawn = profile.rng("calibration images").permutation(len(calibration.samples))[: profile.calibration_images]
+    drawn = rng.permutation(len(calibration.samples))[:calibration_images]
     parts = []
     for folder, chosen in ((calibration, np.sort(drawn)), (test, range(len(test.samples)))):
         paths, labels = zip(*(folder.samples[index] for index in chosen), strict=True)

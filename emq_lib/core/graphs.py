@@ -11,8 +11,6 @@ from torch import nn
 from torch.fx.experimental.optimization import fuse
 
 from emq_lib.core.errors import UnsupportedModelError
-from emq_lib.core.models import INPUT_SHAPES
-from emq_lib.core.profiles import Profile
 
 
 def fold_batchnorm(model: nn.Module) -> torch.fx.GraphModule:
@@ -22,24 +20,6 @@ def fold_batchnorm(model: nn.Module) -> torch.fx.GraphModule:
     of a weight by a constant, so per-channel quantization is unaffected by it.
     """
     return fuse(model.eval())
-
-
-def layer_table(model: nn.Module, profile: Profile) -> pd.DataFrame:
-    """Return one row per quantizable layer of a study's network: see :func:`describe_layers`.
-
-    Args:
-        model: the network, batch norm folded (so that biases are what the packed file holds).
-        profile: gives the input shape, the pinned and the tied layers.
-
-    Raises:
-        UnsupportedModelError: see :func:`describe_layers`; the message names the profile.
-    """
-    reference = next(model.parameters())
-    example = torch.zeros(1, *INPUT_SHAPES[profile.dataset], device=reference.device)
-    try:
-        return describe_layers(model, example, pinned=dict(profile.pinned), tied=dict(profile.tied))
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"profile {profile.name!r}: {error}") from error
 
 
 def describe_layers(

@@ -12,7 +12,6 @@ from torch import nn
 
 from emq_lib.core.datasets import Split
 from emq_lib.core.errors import CorruptArtefactError, InvalidParameterError
-from emq_lib.core.profiles import Profile
 
 
 class _Block(nn.Module):
@@ -149,16 +148,6 @@ def _imagenet_model(name: str) -> nn.Module:
     return get_model(name)
 
 
-def load_pretrained(profile: Profile) -> nn.Module:
-    """Return an ImageNet profile's network with torchvision's first published weights, which torchvision downloads."""
-    from torchvision.models import get_model_weights
-
-    model = build_model(profile)
-    weights = get_model_weights(profile.model.removeprefix("imagenet-"))["IMAGENET1K_V1"]
-    model.load_state_dict(weights.get_state_dict(progress=True, check_hash=True, weights_only=True))
-    return model.eval()
-
-
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "resnet8": lambda: CifarResNet(8, in_channels=1, width=8),
     "resnet20": lambda: CifarResNet(20),
@@ -187,36 +176,6 @@ def register_model(name: str, build: Callable[[], nn.Module]) -> None:
     MODELS[name] = build
 
 
-def build_model(profile: Profile) -> nn.Module:
-    """Return the profile's network with fresh random weights, drawn from the profile's seed."""
-    if profile.model not in MODELS:
-        raise InvalidParameterError(
-            f"profile {profile.name!r} names the model {profile.model!r}; known models: {', '.join(sorted(MODELS))}."
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(profile.rng("init").integers(2**62)))
-        return MODELS[profile.model]().to(memory_format=torch.channels_last)
-
-
-def load_checkpoint(profile: Profile, path: pathlib.Path) -> nn.Module:
-    """Return the profile's trained network in evaluation mode.
-
-    Raises:
-        CorruptArtefactError: the file is truncated, or holds other tensors than the network's.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    model = build_model(profile)
-    try:
-        model.load_state_dict(load_file(str(path)))
-    except (SafetensorError, RuntimeError) as error:
-        raise CorruptArtefactError(
-            f"{path} is not a checkpoint of {profile.model!r} ({error}). Restore it, or train again with REBUILD=True."
-        ) from error
-    return model.eval()
-
-
 @torch.inference_mode()
 def predict(model: nn.Module, split: Split, *, batch_size: int = 250) -> torch.Tensor:
     """Return float32 logits (N, classes) of every image of a split, in its order."""
@@ -231,3 +190,38 @@ def top1(logits: torch.Tensor, labels: torch.Tensor) -> float:
     50.0
     """
     return 100 * (logits.argmax(dim=1) == labels).double().mean().item()
+
+
+def build_model(name: str, *, seed: int) -> nn.Module:
+    """Return a network with fresh random weights.
+
+    Args:
+        name: a key of :data:`MODELS`.
+        seed: of the weights; PyTorch's own stream is left as it was.
+
+    Raises:
+        InvalidParameterError: no such network.
+    """
+    if name not in MODELS:
+        raise InvalidParameterError(f"unknown model {name!r}; known models: {', '.join(sorted(MODELS))}.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MODELS[name]().to(memory_format=torch.channels_last)
+
+
+def load_weights(model: nn.Module, path: pathlib.Path) -> nn.Module:
+    """Fill a network from a safetensors file, put it into evaluation mode, and return it.
+
+    Raises:
+        CorruptArtefactError: the file is truncated, or holds other tensors than the network's.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        model.load_state_dict(load(path.read_bytes()))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise CorruptArtefactError(
+            f"{path} is not a checkpoint of {type(model).__name__} ({error}). Restore it, or train again."
+        ) from error
+    return model.eval()

@@ -113,7 +113,11 @@ class Profile:
 
     def generator(self, stage: str) -> torch.Generator:
         """Return the same stream as a torch generator on the CPU."""
-        return torch.Generator().manual_seed(int(self.rng(stage).integers(2**62)))
+        return torch.Generator().manual_seed(self.seed_of(stage))
+
+    def seed_of(self, stage: str) -> int:
+        """Return a seed drawn from the stage's stream, for what takes no generator."""
+        return int(self.rng(stage).integers(2**62))
 
 
 _REGISTRY: dict[str, Profile] = {}
@@ -142,6 +146,11 @@ def get_profile(name: str) -> Profile:
             f"Unknown profile {name!r}. Known profiles: {known}. Add your own: register(Profile(...))."
         )
     return _REGISTRY[name]
+
+
+def is_published(profile: Profile) -> bool:
+    """Return whether a profile has the seed of the registered one of its name, or is not registered at all."""
+    return profile.name not in _REGISTRY or _REGISTRY[profile.name].seed == profile.seed
 
 
 register(

@@ -21,7 +21,8 @@ def code_hash(*roots: str) -> str:
     """Return a hash of definitions and of all that they use, constants included.
 
     Args:
-        roots: "package.module:name" of a function, class or constant, or "package.module" for a whole module.
+        roots: "package.module:name" of a function, class or constant, "package.module:Class.method", or
+            "package.module" for a whole module.
 
     Raises:
         LookupError: no such module or name.
@@ -32,17 +33,15 @@ def code_hash(*roots: str) -> str:
     waiting, found = [], {}
     for root in roots:
         module, _, name = root.partition(":")
-        names = [name] if name else list(_read(module)[0])
-        if unknown := set(names) - set(_read(module)[0]):
-            raise LookupError(f"{module} defines no {sorted(unknown)}.")
-        waiting += [(module, name) for name in names]
+        waiting += [(module, each) for each in ([name] if name else _read(module)[0])]
     while waiting:
         place = waiting.pop()
         if place not in found:
             module, name = place
             definitions, imports = _read(module)
-            found[place] = [_plain(node) for node in definitions[name]]
-            for node in definitions[name]:
+            nodes = _nodes(module, name)
+            found[place] = [_plain(node) for node in nodes]
+            for node in nodes:
                 waiting += _reached(node, module, definitions, imports)
     parts = sorted(json.dumps([name, nodes]) for (_, name), nodes in found.items())
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
@@ -68,6 +67,17 @@ def _read(module: str) -> tuple[dict[str, list[ast.stmt]], dict[str, tuple[str, 
         for name in latest:
             definitions.setdefault(name, []).append(node)
     return definitions, imports
+
+
+def _nodes(module: str, name: str) -> list[ast.stmt]:
+    """Return the statements that define a name of a module, or a method of a class there."""
+    first, _, method = name.partition(".")
+    nodes = _read(module)[0].get(first, [])
+    if method:
+        nodes = [inner for node in nodes for inner in getattr(node, "body", []) if _defined(inner) == [method]]
+    if not nodes:
+        raise LookupError(f"{module} defines no {name}.")
+    return nodes
 
 
 def _bound(node: ast.Import | ast.ImportFrom) -> dict[str, tuple[str, str]]:

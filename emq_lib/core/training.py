@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
+import io
 import multiprocessing
 import pathlib
+import pickle
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,9 +21,9 @@ from tqdm.auto import tqdm
 
 from emq_lib.core.datasets import ImageData, Split
 from emq_lib.core.errors import CorruptArtefactError
-from emq_lib.core.files import atomic_path
-from emq_lib.core.models import build_model, predict, top1
-from emq_lib.core.profiles import Profile, TrainingRecipe
+from emq_lib.core.files import write_bytes
+from emq_lib.core.models import predict, top1
+from emq_lib.core.profiles import TrainingRecipe
 
 
 class Stateful(Protocol):
@@ -43,22 +46,31 @@ class TrainingResult:
     seconds: float
 
 
-def train(profile: Profile, data: ImageData, *, resume: pathlib.Path | None = None) -> TrainingResult:
-    """Train the profile's network and return the weights of the epoch that is best on the validation images.
+def train(
+    model: nn.Module,
+    recipe: TrainingRecipe,
+    data: ImageData,
+    *,
+    generator: torch.Generator,
+    resume: pathlib.Path | None = None,
+) -> TrainingResult:
+    """Train a network and return the weights of the epoch that is best on the validation images.
 
     The test images are not looked at. Explained in chapter 01.
 
     Args:
-        profile: names the network, the recipe and the seed.
+        model: the network with the weights to start from; it is changed.
+        recipe: how long, in which steps, with which augmentation.
         data: the splits; `train` is learned from, `validation` chooses the epoch.
-        resume: file that takes the state after every epoch. If it exists, training goes on from there; it is removed
-            when training is complete.
+        generator: source of the order of images and of augmentation, on the CPU.
+        resume: file that takes the state after every epoch. If it exists, training goes on from there; whoever stores
+            the result removes it.
 
     Raises:
         CorruptArtefactError: the resume file is unreadable or belongs to another profile.
     """
-    recipe, steps = profile.training, -(-len(data.train) // profile.training.batch_size)
-    model, generator = build_model(profile).to(data.train.images.device), profile.generator("training")
+    steps, model = -(-len(data.train) // recipe.batch_size), model.to(data.train.images.device)
+    identity = repr((recipe, generator.initial_seed(), data.digest, len(data.train), state_digest(model)))
     best = copy.deepcopy(model)
     optimizer = torch.optim.SGD(
         _parameter_groups(model, recipe.weight_decay), lr=recipe.max_lr, momentum=recipe.momentum, nesterov=True
@@ -75,9 +87,7 @@ def train(profile: Profile, data: ImageData, *, resume: pathlib.Path | None = No
         return found
 
     parts = {"model": model, "best": best, "optimizer": optimizer, "schedule": schedule}
-    history, seconds = run_epochs(
-        epoch, recipe.epochs, parts, generator=generator, identity=_identity(profile), resume=resume
-    )
+    history, seconds = run_epochs(epoch, recipe.epochs, parts, generator=generator, identity=identity, resume=resume)
     chosen = len(history) - history[::-1].index(max(history))
     return TrainingResult(best.eval(), chosen, tuple(history), seconds)
 
@@ -99,8 +109,8 @@ def run_epochs(
         parts: name -> what changes: networks, optimizer, schedule.
         generator: source of randomness.
         identity: everything that the training depends on, as text.
-        resume: file that takes the state after every epoch. If it exists, training goes on from there; it is removed
-            when training is complete.
+        resume: file that takes the state after every epoch. If it exists, training goes on from there; whoever stores
+            the result removes it.
 
     Returns:
         the results of all epochs, and the wall time in seconds, earlier runs included.
@@ -110,7 +120,7 @@ def run_epochs(
     """
     results, seconds = [], 0.0
     if resume is not None and resume.exists():
-        state = _load_resume(resume, identity)
+        state = _load_resume(resume, identity, parts)
         for name, part in parts.items():
             part.load_state_dict(state[name])
         generator.set_state(state["generator"])
@@ -122,10 +132,9 @@ def run_epochs(
         seconds += time.perf_counter() - started
         if resume is not None:
             facts = {"identity": identity, "generator": generator.get_state(), "results": results, "seconds": seconds}
-            with atomic_path(resume) as path:
-                torch.save({name: part.state_dict() for name, part in parts.items()} | facts, path)
-    if resume is not None:
-        resume.unlink(missing_ok=True)
+            buffer = io.BytesIO()  # a full disk is then an error of the file, which is named
+            torch.save({name: part.state_dict() for name, part in parts.items()} | facts, buffer)
+            write_bytes(resume, buffer.getvalue())
     return results, seconds
 
 
@@ -136,18 +145,32 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
-def _identity(profile: Profile) -> str:
-    """Everything in the profile that training depends on."""
-    return repr((profile.dataset, profile.model, profile.training, profile.seed, profile.validation_images))
+def state_digest(model: nn.Module) -> str:
+    """Return a hash of a network's parameters and buffers."""
+    digest = hashlib.blake2b(digest_size=12)
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
-def _load_resume(path: pathlib.Path, identity: str) -> dict:
+def _load_resume(path: pathlib.Path, identity: str, parts: Iterable[str]) -> dict:
+    """Return the state of an interrupted training.
+
+    Raises:
+        CorruptArtefactError: the file is unreadable, is none of a training, or belongs to another one.
+    """
     try:
-        state = torch.load(path, weights_only=True)
-    except (RuntimeError, EOFError, OSError) as error:
+        state = torch.load(io.BytesIO(path.read_bytes()), weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise CorruptArtefactError(f"{path} cannot be read ({error}). Delete it to train from the start.") from error
-    if state.get("identity") != identity:
-        raise CorruptArtefactError(f"{path} belongs to another training. Delete it to start afresh.")
+    needed = {"identity", "generator", "results", "seconds", *parts}
+    if not isinstance(state, dict) or not needed <= set(state):
+        raise CorruptArtefactError(f"{path} is no state of a training. Delete it to train from the start.")
+    if state["identity"] != identity:
+        raise CorruptArtefactError(
+            f"{path} belongs to another training: other images, another start, seed or recipe. Delete it to start "
+            "afresh."
+        )
     return state
 
 

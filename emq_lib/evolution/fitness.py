@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from emq_lib.core.errors import CorruptArtefactError, InvalidParameterError
-from emq_lib.core.files import named_when_full, to_json
-from emq_lib.core.sources import source_hash
-from emq_lib.evolution import genotypes as genotypes_module
+from emq_lib.core.journal import Journal
 from emq_lib.evolution.evaluator import Evaluator
 from emq_lib.evolution.genotypes import Genotype, canonical, parse
 from emq_lib.evolution.spaces import Space
-from emq_lib.proxies import handmade, ranking
 from emq_lib.proxies.ranking import MINIMUM, fitness_many
 from emq_lib.proxies.scores import SEPARABLE, is_table, score
 
@@ -75,49 +70,48 @@ class Individual:
     fingerprint: str
 
 
-class Journal:
-    """Judgements of one run on disk, a line each: a run that starts again reads them instead of computing them.
+class Judgements:
+    """Judgements of one run in its journal, a line each: a run that starts again reads them instead of computing them.
 
     A search is the same for the same random numbers, so a run that was killed goes through its generations again
     without evaluating anything, and goes on where it was; what it had not written, at most the candidates of one
     generation, is lost.
 
     Args:
-        path: the file, which may exist.
-        run: what the judgements depend on.
+        journal: of this run.
 
     Raises:
-        CorruptArtefactError: the file belongs to another run or another version of the code.
+        CorruptArtefactError: a line is no judgement.
     """
 
-    def __init__(self, path: pathlib.Path, run: Mapping[str, object]) -> None:
-        code = source_hash(genotypes_module, ranking, handmade, Problem, Judge)
-        head = to_json(dict(run) | {"code": code})
-        lines = path.read_text().split("\n") if path.exists() else []
-        complete = lines[:-1]  # what follows the last line break was cut short
-        if complete and complete[0] != head:
-            raise CorruptArtefactError(
-                f"{path} is of another run, study or version of the code; it says {complete[0]}. Delete it."
-            )
-        self._known = {line["genotype"]: line for line in map(json.loads, complete[1:])}
-        with named_when_full(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(line + "\n" for line in complete or [head]))
-        self._path = path
+    def __init__(self, journal: Journal) -> None:
+        self._journal, self._known = journal, {}
+        for number, line in enumerate(journal.lines, start=2):
+            try:
+                self._known[line["genotype"]] = self._read(line)
+            except (KeyError, TypeError, ValueError) as error:
+                raise CorruptArtefactError(
+                    f"{journal.path}, line {number}, is no judgement ({error}). Delete the file to start afresh."
+                ) from error
+
+    @staticmethod
+    def _read(line: Mapping) -> Individual | None:
+        genotype, fitness, fingerprint = parse(line["genotype"]), line["fitness"], line["fingerprint"]
+        if fitness is None:
+            return None
+        if not (isinstance(fitness, float) and np.isfinite(fitness) and isinstance(fingerprint, str)):
+            raise ValueError(f"fitness {fitness!r}, fingerprint {fingerprint!r}")
+        return Individual(genotype, fitness, fingerprint)
 
     def find(self, genotype: Genotype) -> tuple[bool, Individual | None]:
         """Return whether a genotype was judged, and how."""
-        line = self._known.get(str(genotype))
-        if line is None or line["fitness"] is None:
-            return line is not None, None
-        return True, Individual(parse(line["genotype"]), line["fitness"], line["fingerprint"])
+        key = str(genotype)
+        return key in self._known, self._known.get(key)
 
     def append(self, genotype: Genotype, found: Individual | None) -> None:
         """Write a judgement."""
         fitness, fingerprint = (found.fitness, found.fingerprint) if found else (None, None)
-        line = to_json({"genotype": str(genotype), "fitness": fitness, "fingerprint": fingerprint})
-        with named_when_full(self._path), self._path.open("a") as file:
-            file.write(line + "\n")
+        self._journal.append({"genotype": str(genotype), "fitness": fitness, "fingerprint": fingerprint})
 
 
 @dataclass
@@ -142,7 +136,7 @@ class Judge:
     separable: bool = False
     rising: bool = False
     screening: bool = True
-    journal: Journal | None = None
+    journal: Judgements | None = None
     evaluations: int = 0
     rejected: int = 0
     duplicates: int = 0

@@ -18,16 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from book.studies.study import checked_path
 from emq_lib.core.datasets import Split
 from emq_lib.core.errors import InvalidParameterError, UnsupportedModelError
-from emq_lib.core.graphs import fold_batchnorm, layer_table, pre_hooks
-from emq_lib.core.models import INPUT_SHAPES, load_checkpoint
-from emq_lib.core.profiles import Profile
+from emq_lib.core.graphs import pre_hooks
 from emq_lib.core.quantizers import fake_quantize
 from emq_lib.proxies import curvature, saliency
 from emq_lib.proxies.passes import _losses, divergences, logit_products, one_slot_logits, pair_losses
-from emq_lib.proxies.released import ReleasedStatistics, measure_released, stages
+from emq_lib.proxies.released import ReleasedStatistics, stages
 
 ACTIVATION_IMAGES = 64
 FEW_IMAGES = 128  # for what costs a matrix of images, or a pass for every pair of layers
@@ -184,15 +181,27 @@ def output_errors(
     return np.stack([(row[1:] / row[0]).numpy() for row in energy.values()])
 
 
-def measure_statistics(profile: Profile, calibration: Split) -> dict[str, torch.Tensor | dict[str, float]]:
+def measure_statistics(
+    model: torch.fx.GraphModule,
+    layers: pd.DataFrame,
+    calibration: Split,
+    *,
+    choices: Sequence[int],
+    released: ReleasedStatistics,
+    streams: Callable[[str], torch.Generator],
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Compute everything that needs images or many passes through the network; explained in chapter 02.
 
     Args:
-        profile: the study; its checkpoint must exist.
+        model: network with folded batch norm, on the device of the images.
+        layers: its layer table.
         calibration: the calibration images.
+        choices: the B allowed widths.
+        released: what the released code reads, see :func:`emq_lib.proxies.released.measure_released`.
+        streams: name of what is drawn ("traces", "zen") -> source of randomness.
 
     Returns:
-        name -> tensor as stored in ``statistics.safetensors``, and "seconds": name -> wall time.
+        name -> tensor, as :func:`assemble_statistics` takes them; and what was computed -> wall time in seconds.
 
     Raises:
         InvalidParameterError: all images are of one class.
@@ -200,16 +209,14 @@ def measure_statistics(profile: Profile, calibration: Split) -> dict[str, torch.
     """
     if len(calibration.labels.unique()) < 2:
         raise InvalidParameterError("All calibration images are of one class, so gradients say nothing; draw others.")
-    model, layers = _load_folded(profile)
-    model = model.to(calibration.images.device)
     searchable = layers[layers["searchable"]]
-    names, few, shape = list(searchable["name"]), calibration[:FEW_IMAGES], INPUT_SHAPES[profile.dataset]
+    names, few, shape = list(searchable["name"]), calibration[:FEW_IMAGES], tuple(calibration.images.shape[1:])
     members = [list(group) for _, group in searchable.groupby("slot")["name"]]
     seconds: dict[str, float] = {}
     arrays: dict[str, np.ndarray] = {}
     tensors: dict[str, Sequence[torch.Tensor]] = {}
     with _timed(seconds, "errors"):
-        quantized = _quantized_weights(model, names, profile.choices)
+        quantized = _quantized_weights(model, names, choices)
         errors = {name: [weight - _weight(model, name) for weight in quantized[name]] for name in names}
     with _timed(seconds, "gradients"):
         gradients, fisher = curvature.gradient_moments(model, names, calibration)
@@ -229,7 +236,7 @@ def measure_statistics(profile: Profile, calibration: Split) -> dict[str, torch.
     with _timed(seconds, "activations"):
         tensors["activations"] = activation_samples(model, names, calibration)
     with _timed(seconds, "trace"):
-        traces = curvature.hessian_traces(model, names, calibration, generator=profile.generator("traces"))
+        traces = curvature.hessian_traces(model, names, calibration, generator=streams("traces"))
         arrays["trace"], arrays["trace_error"] = traces
     with _timed(seconds, "eigenvalue"):
         arrays["eigenvalue"] = curvature.top_eigenvalues(model, names, few)
@@ -245,7 +252,7 @@ def measure_statistics(profile: Profile, calibration: Split) -> dict[str, torch.
         "Fisher": lambda: saliency.channel_fisher(model, names, few),
         "GraSP": lambda: saliency.grasp(model, names, few),
         "ZiCo": lambda: saliency.zico(model, names, calibration),
-        "Zen": lambda: saliency.zen(model, names, shape, images=len(few), generator=profile.generator("zen")),
+        "Zen": lambda: saliency.zen(model, names, shape, images=len(few), generator=streams("zen")),
         "NWOT": lambda: saliency.nwot(model, names, few),
     }
     for name, measure in measures.items():
@@ -260,12 +267,59 @@ def measure_statistics(profile: Profile, calibration: Split) -> dict[str, torch.
         arrays["logit_products"] = logit_products(float_logits, logits)
     with _timed(seconds, "pair_losses"):
         arrays["pair_losses"] = pair_losses(model, members, quantized, few)
-    with _timed(seconds, "released"):
-        arrays |= {f"released {key}": array for key, array in asdict(measure_released(profile, few)).items()}
+    arrays |= {f"released {key}": array for key, array in asdict(released).items() if key != "seconds"}
+    seconds["released"] = released.seconds
     _refuse_infinite(tensors, arrays, names)
     stored = {f"{key}/{name}": tensor for key in tensors for name, tensor in zip(names, tensors[key], strict=True)}
     stored |= {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in arrays.items()}
-    return stored | {"seconds": seconds}
+    return stored, seconds
+
+
+def assemble_statistics(
+    model: torch.fx.GraphModule,
+    layers: pd.DataFrame,
+    stored: Mapping[str, torch.Tensor],
+    choices: Sequence[int],
+    seconds: Mapping[str, float],
+) -> LayerStatistics:
+    """Put together what was measured and what follows from the weights alone.
+
+    Args:
+        model: network with folded batch norm.
+        layers: its layer table.
+        stored: as of :func:`measure_statistics`.
+        choices: the B allowed widths.
+        seconds: what was computed -> wall time.
+
+    Raises:
+        KeyError: a statistic is not among those stored.
+    """
+    searchable = layers[layers["searchable"]]
+    names = tuple(searchable["name"])
+    quantized = _quantized_weights(model, names, choices)
+    weights = tuple(_weight(model, name).flatten(1) for name in names)
+    errors = [
+        torch.stack([q.flatten(1) - weight for q in quantized[name]])
+        for name, weight in zip(names, weights, strict=True)
+    ]
+    return LayerStatistics(
+        choices=tuple(choices),
+        names=names,
+        slots=searchable["slot"].to_numpy(),
+        parameters=searchable["parameters"].to_numpy(),
+        macs=searchable["macs"].to_numpy(),
+        weights=weights,
+        errors=tuple(errors),
+        **{key: tuple(stored[f"{key}/{name}"] for name in names) for key in SAMPLES},
+        **{key: stored[key].numpy() for key in NUMBERS},
+        saliencies=_with_prefix(stored, "saliency "),
+        released=ReleasedStatistics(**_with_prefix(stored, "released "), seconds=seconds.get("released", 0.0)),
+        seconds=seconds,
+    )
+
+
+def _with_prefix(stored: Mapping[str, torch.Tensor], prefix: str) -> dict[str, np.ndarray]:
+    return {key.removeprefix(prefix): stored[key].numpy() for key in stored if key.startswith(prefix)}
 
 
 def _refuse_infinite(
@@ -280,11 +334,6 @@ def _refuse_infinite(
             row = int(np.argwhere(~np.isfinite(array))[0][0])
             where = repr(names[row]) if len(array) == len(names) else f"in row {row}"
             raise UnsupportedModelError(f"{key} is NaN or infinite at {where}; look at that layer's activations.")
-
-
-def _load_folded(profile: Profile) -> tuple[torch.fx.GraphModule, pd.DataFrame]:
-    model = fold_batchnorm(load_checkpoint(profile, checked_path(profile, "model.safetensors")))
-    return model, layer_table(model, profile)
 
 
 def _weight(model: nn.Module, name: str) -> torch.Tensor:

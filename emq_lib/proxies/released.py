@@ -7,16 +7,16 @@ of a configuration for the j-th of a list that is longer, shorter or reversed. E
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 
 from emq_lib.core.datasets import Split
-from emq_lib.core.graphs import fold_batchnorm, layer_table
-from emq_lib.core.models import INPUT_SHAPES, build_model
-from emq_lib.core.profiles import Profile
 from emq_lib.proxies import curvature, saliency
 
 IMAGES = 128  # the release's batch
@@ -38,6 +38,7 @@ class ReleasedStatistics:
         weight_branch: mean(sqrt(relu(b W))), its second factor, shape (M, B).
         in_block: bool, shape (M,): neither the stem nor a shortcut's.
         stage: resolution stage counted from the network's end, 0 is the last, shape (M,).
+        seconds: wall time of all of it.
     """
 
     eigenvalue: np.ndarray
@@ -49,31 +50,43 @@ class ReleasedStatistics:
     weight_branch: np.ndarray
     in_block: np.ndarray
     stage: np.ndarray
+    seconds: float
 
 
-def measure_released(profile: Profile, split: Split) -> ReleasedStatistics:
-    """Measure a network with fresh random weights, drawn from the profile's seed, as the release does.
+def measure_released(
+    model: torch.fx.GraphModule,
+    layers: pd.DataFrame,
+    split: Split,
+    *,
+    choices: Sequence[int],
+    shortcuts: Sequence[str],
+    streams: Callable[[str], torch.Generator],
+) -> ReleasedStatistics:
+    """Measure a network with fresh random weights as the release does.
 
     Args:
-        profile: the study; gives the architecture, not the checkpoint.
+        model: network with random weights and folded batch norm, on the device of the images; its weights are changed.
+        layers: its layer table.
         split: images, of which the first 128 are used.
+        choices: the B allowed widths.
+        shortcuts: names of the convolutions beside a block.
+        streams: name of what is drawn ("released traces", "released Synflow weights") -> source of randomness.
     """
-    model = fold_batchnorm(build_model(profile)).to(split.images.device)
-    layers = layer_table(model, profile)
+    started = time.perf_counter()
     convs = layers[layers["kind"] == "Conv2d"].reset_index(drop=True)
     names, batch = list(convs["name"]), split[:IMAGES]
     weights = [model.get_submodule(name).weight.detach().flatten(1) for name in names]
     gradients, _ = curvature.gradient_moments(model, names, batch)
     snip = np.array([(w * g).abs().sum().item() for w, g in zip(weights, gradients, strict=True)])
-    trace, _ = curvature.hessian_traces(model, names, batch)
+    trace, _ = curvature.hessian_traces(model, names, batch, generator=streams("released traces"))
     eigenvalue = curvature.top_eigenvalues(model, names, batch)
     similarity = saliency.linear_cka(model, names, batch).sum(axis=1) - 1
-    shape = INPUT_SHAPES[profile.dataset]
+    shape = tuple(split.images.shape[1:])
     virtual = saliency.virtual_gradients(model, names, shape, images=len(batch))
-    bits = torch.tensor(profile.choices, dtype=torch.float64)[:, None, None]
+    bits = torch.tensor(choices, dtype=torch.float64, device=split.images.device)[:, None, None]
     shares = [torch.where(v == 0, 1.0, (bits * v.double()).abs()).log().softmax(dim=1) for v in virtual]
     weight_branch = [(bits * w.double()).clamp(min=0).sqrt().mean(dim=(1, 2)) for w in weights]
-    generator = profile.generator("released Synflow weights")
+    generator = streams("released Synflow weights")
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -86,8 +99,9 @@ def measure_released(profile: Profile, split: Split) -> ReleasedStatistics:
         synflow=saliency.synflow(model, names, shape),
         gradient_branch=torch.stack([share.mean(dim=(1, 2)) for share in shares]).cpu().numpy(),
         weight_branch=torch.stack(weight_branch).cpu().numpy(),
-        in_block=~convs["name"].isin([names[0], *dict(profile.tied)]).to_numpy(),
+        in_block=~convs["name"].isin([names[0], *shortcuts]).to_numpy(),
         stage=stages((convs["macs"] / convs["parameters"]).to_numpy()),
+        seconds=time.perf_counter() - started,
     )
 
 

@@ -16,12 +16,13 @@ from scipy import stats
 
 from book.places import REPOSITORY
 from book.studies import bench
-from book.studies.rows import build_network, load_folded, row_keys
-from book.studies.study import read_manifest
+from book.studies.bench import load_bench
+from book.studies.networks import build_network, load_checkpoint, load_folded
+from book.studies.rows import row_keys
+from book.studies.study import manifest_of, study_folder
 from emq_lib.bench import engine as engine_module
 from emq_lib.bench import remote, sampling
 from emq_lib.bench.engine import MEMORY, _blocks, _CapturedEngine, measure, planned_macs
-from emq_lib.bench.table import Bench
 from emq_lib.core.bank import build_weight_bank
 from emq_lib.core.configs import slot_names
 from emq_lib.core.costs import CostTable, size_cost, weight_bytes
@@ -36,7 +37,7 @@ from emq_lib.core.errors import (
 )
 from emq_lib.core.files import sha256
 from emq_lib.core.graphs import fold_batchnorm
-from emq_lib.core.models import load_checkpoint, predict
+from emq_lib.core.models import predict
 from emq_lib.core.networks import QuantizedNetwork
 from emq_lib.core.profiles import get_profile, profile_names
 from emq_lib.core.quantizers import choose_activation_ranges, fake_quantize
@@ -159,7 +160,7 @@ def test_the_planned_work_is_what_runs(study, profile, data):
 
 
 def test_rows_are_what_the_words_say(study, profile):
-    table = Bench.load(profile).table
+    table = load_bench(profile).table
     assert len(table) > profile.bench_configs + profile.stratified_configs + 3
     np.testing.assert_allclose(
         table["top1"], 100 * (table["correct_a"] + table["correct_b"]) / (table["n_a"] + table["n_b"])
@@ -189,13 +190,13 @@ def _count_measured(monkeypatch):
 
 
 def test_a_bench_of_other_rows_is_extended(own_study, profile, data, monkeypatch):
-    whole = Bench.load(profile).table
+    whole = load_bench(profile).table
     fewer = dataclasses.replace(profile, bench_configs=200, stratified_configs=40)
     bench.build_bench(fewer, data)
-    assert len(Bench.load(fewer)) < len(whole)
+    assert len(load_bench(fewer)) < len(whole)
     seen = _count_measured(monkeypatch)
     bench.build_bench(profile, data)
-    pd.testing.assert_frame_equal(Bench.load(profile).table, whole)
+    pd.testing.assert_frame_equal(load_bench(profile).table, whole)
     assert 0 < sum(seen) <= len(whole) - 200  # what the smaller bench holds is not measured again
 
 
@@ -250,7 +251,7 @@ def test_one_off_configurations_change_one_layer_of_the_middle_uniform_one():
 
 
 def test_no_configuration_stands_twice(study, profile):
-    table = Bench.load(profile).table
+    table = load_bench(profile).table
     assert table["config_id"].is_unique
     assert table["key"].is_unique
     assert set(table["sample"]) == {"uniform", "random", "one-off", "stratified"}
@@ -273,12 +274,12 @@ def test_configurations_with_one_bit_have_few_such_layers():
 def test_a_second_quantizer_stands_beside_the_first(own_study, profile, data, monkeypatch):
     monkeypatch.setattr(adaround, "ITERATIONS", 100)
     few = dataclasses.replace(profile, bench_configs=30, stratified_configs=15, one_bit_configs=10)
-    nearest = Bench.load(profile).table
+    nearest = load_bench(profile).table
     with pytest.raises(MissingArtefactError, match="no rows of 'adaround', only of rtn"):
-        Bench.load(profile, quantizer="adaround")
+        load_bench(profile, quantizer="adaround")
     bench.build_bench(few, data, quantizer="adaround")
-    pd.testing.assert_frame_equal(Bench.load(profile).table, nearest)
-    reconstructed = Bench.load(profile, quantizer="adaround")
+    pd.testing.assert_frame_equal(load_bench(profile).table, nearest)
+    reconstructed = load_bench(profile, quantizer="adaround")
     both = reconstructed.table.merge(nearest, on="config_id", suffixes=("_ada", "_rtn"))
     assert len(both) > 30
     assert not set(both["key_ada"]) & set(both["key_rtn"])
@@ -291,7 +292,7 @@ def test_a_second_quantizer_stands_beside_the_first(own_study, profile, data, mo
 
 
 def test_filtering_sampling_and_the_best_under_a_budget(study, profile):
-    measured = Bench.load(profile)
+    measured = load_bench(profile)
     table = measured.to_pandas()
     middle = table["size_bytes"].median()
     small = measured.within(size=(0, middle))
@@ -320,7 +321,7 @@ def test_every_slot_has_one_name_whatever_shares_its_width():
 
 
 def test_query_finds_rows_and_names_bad_configurations(study, profile):
-    measured = Bench.load("digits-resnet8")
+    measured = load_bench("digits-resnet8")
     row = measured.table.iloc[11]
     assert measured.query(row["bits"])["config_id"] == row["config_id"]
     with pytest.raises(ConfigLengthError):
@@ -337,7 +338,7 @@ def test_query_finds_rows_and_names_bad_configurations(study, profile):
 
 
 def test_halves_are_disjoint_complete_and_repeatable(study, profile):
-    measured = Bench.load(profile)
+    measured = load_bench(profile)
     search, heldout = measured.split()
     again, _ = measured.split()
     other, _ = measured.split(rng=np.random.default_rng(5))
@@ -352,28 +353,28 @@ def test_missing_truncated_and_altered_benches_are_named(own_study, profile):
     content = path.read_bytes()
     path.write_bytes(content[:-100])
     with pytest.raises(CorruptArtefactError, match=r"SHA-256.*REBUILD=True"):
-        Bench.load(profile)
-    manifest = read_manifest(profile)
+        load_bench(profile)
+    manifest = manifest_of(profile)
     manifest["bench.parquet"]["sha256"] = sha256(path)
     (own_study / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CorruptArtefactError, match="is not a parquet file"):
-        Bench.load(profile)
+        load_bench(profile)
     (own_study / "manifest.json").write_text("{")
     with pytest.raises(CorruptArtefactError, match="not valid JSON"):
-        Bench.load(profile)
+        load_bench(profile)
     (own_study / "manifest.json").write_text("{}")
     with pytest.raises(MissingArtefactError, match="nothing vouches for it"):
-        Bench.load(profile)
+        load_bench(profile)
     path.unlink()
     with pytest.raises(MissingArtefactError, match="does not exist"):
-        Bench.load(profile)
+        load_bench(profile)
 
 
 @pytest.mark.parametrize("name", profile_names())
 def test_published_files_are_the_ones_of_the_manifest(name, monkeypatch):
     monkeypatch.delenv("EMQ_STUDY_ROOT", raising=False)
     profile = get_profile(name)
-    manifest, folder = read_manifest(profile), bench.study_folder(profile)
+    manifest, folder = manifest_of(profile), study_folder(profile)
     tracked = subprocess.run(["git", "ls-files", folder], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     published = {path.rpartition("/")[2] for path in tracked.stdout.split()} - {"manifest.json"}
     assert published == set(manifest)
@@ -391,7 +392,7 @@ def test_published_rows_are_measured_again_on_the_real_images(cifar10, monkeypat
     """Rounding ties may fall otherwise on another processor, so a few images may differ."""
     monkeypatch.delenv("EMQ_STUDY_ROOT", raising=False)
     profile, data = cifar10
-    rows = Bench.load(profile).table.iloc[[1, 200]]
+    rows = load_bench(profile).table.iloc[[1, 200]]
     network, _ = build_network(profile, data)
     (measured,) = measure(network, data.test, np.stack(rows["bits"].to_numpy()))
     correct = {item.config: int(item.correct.sum()) for item in measured}

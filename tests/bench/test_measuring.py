@@ -14,8 +14,8 @@ import pytest
 
 from book.places import REPOSITORY
 from book.studies import bench
+from book.studies.bench import load_bench
 from book.studies.rows import PARTIAL, PartialRows, code_version
-from emq_lib.bench.table import Bench
 from emq_lib.core.errors import DiskFullError, StudyBusyError
 from emq_lib.core.files import atomic_path, sha256
 
@@ -83,7 +83,7 @@ def test_a_lost_worker_costs_only_its_unfinished_rows(own_study, small, whole):
         os.kill(cluster.workers[0].pid, signal.SIGKILL)
         assert process.wait(timeout=120) == 0
     assert sha256(own_study / "bench.parquet") == whole
-    table = Bench.load(small).table.set_index("key")
+    table = load_bench(small).table.set_index("key")
     assert all(table.loc[key, "loss"] == row["loss"] for key, row in before.items())
 
 

@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from torchvision.models import ResNet18_Weights, resnet18
 
-from book.studies import bench, checkpoints
-from book.studies.rows import build_network
-from emq_lib.bench.table import Bench
-from emq_lib.core import datasets, graphs, models
+from book.studies import bench, checkpoints, networks
+from book.studies.bench import load_bench
+from book.studies.images import load_dataset
+from book.studies.networks import build_network
+from emq_lib.core import datasets, models
 from emq_lib.core.errors import DatasetMismatchError, DatasetNotFoundError
 from emq_lib.core.profiles import get_profile
 
@@ -55,7 +56,7 @@ def test_missing_cifar10_says_what_to_do(root, tmp_path, monkeypatch):
     else:
         monkeypatch.setenv("EMQ_DATA_ROOT", str(tmp_path / root))
     with pytest.raises(DatasetNotFoundError, match=r"Set EMQ_DATA_ROOT to a folder"):
-        datasets.load_dataset(get_profile("cifar10-resnet20"))
+        load_dataset(get_profile("cifar10-resnet20"))
 
 
 def _tree(root, classes, images):
@@ -72,21 +73,21 @@ def test_other_images_in_an_image_folder_are_refused(tmp_path, monkeypatch):
     _tree(tmp_path, datasets._CIFAR10_CLASSES, images=2)
     monkeypatch.setenv("EMQ_DATA_ROOT", str(tmp_path))
     with pytest.raises(DatasetMismatchError, match="are not CIFAR-10"):
-        datasets.load_dataset(get_profile("cifar10-resnet20"))
+        load_dataset(get_profile("cifar10-resnet20"))
 
 
 def test_other_class_folders_are_refused(tmp_path, monkeypatch):
     _tree(tmp_path, ["cat", "dog"], images=1)
     monkeypatch.setenv("EMQ_DATA_ROOT", str(tmp_path))
     with pytest.raises(DatasetMismatchError, match="expected the class folders"):
-        datasets.load_dataset(get_profile("cifar10-resnet20"))
+        load_dataset(get_profile("cifar10-resnet20"))
 
 
 def test_empty_class_folders_are_refused(tmp_path, monkeypatch):
     _tree(tmp_path, datasets._CIFAR10_CLASSES, images=0)
     monkeypatch.setenv("EMQ_DATA_ROOT", str(tmp_path))
     with pytest.raises(DatasetNotFoundError, match="Found no valid file"):
-        datasets.load_dataset(get_profile("cifar10-resnet20"))
+        load_dataset(get_profile("cifar10-resnet20"))
 
 
 def test_cifar10_is_cut_as_the_protocol_says(cifar10):
@@ -127,18 +128,18 @@ def tiny_imagenet(tmp_path, monkeypatch):
     monkeypatch.setenv("EMQ_DATA_ROOT", str(tmp_path / "images"))
     monkeypatch.setenv("EMQ_STUDY_ROOT", str(tmp_path / "studies"))
     monkeypatch.setitem(models.MODELS, "imagenet-resnet18", lambda: resnet18(num_classes=3))
-    monkeypatch.setattr(checkpoints, "load_pretrained", lambda profile: models.build_model(profile).eval())
+    monkeypatch.setattr(checkpoints, "load_pretrained", lambda profile: networks.fresh_model(profile).eval())
     profile = get_profile("imagenet-resnet18")
     return dataclasses.replace(profile, calibration_images=8, bench_configs=2, stratified_configs=1)
 
 
 def test_a_tree_of_imagenets_form_gives_a_bench(tiny_imagenet, monkeypatch):
-    data = datasets.load_dataset(tiny_imagenet)
+    data = load_dataset(tiny_imagenet)
     assert [len(data.calibration), len(data.test), data.classes] == [8, 6, 3]
     checkpoints.build_checkpoint(tiny_imagenet, data)
     monkeypatch.setattr(bench, "one_off_configs", lambda slots, choices: np.full((1, slots), 3, dtype=np.int8))
     bench.build_bench(tiny_imagenet, data)
-    table = Bench.load(tiny_imagenet).table
+    table = load_bench(tiny_imagenet).table
     assert len(table) == 6
     assert table["n_a"].eq(3).all()
     assert table["bits"].map(len).eq(19).all()
@@ -147,19 +148,19 @@ def test_a_tree_of_imagenets_form_gives_a_bench(tiny_imagenet, monkeypatch):
 def test_a_broken_imagenet_tree_is_named(tiny_imagenet, tmp_path):
     root = tmp_path / "images" / "imagenet"
     with pytest.raises(DatasetNotFoundError, match="has 12 images; calibration needs 20"):
-        datasets.load_dataset(dataclasses.replace(tiny_imagenet, calibration_images=20))
-    two = graphs.layer_table(models.build_model(tiny_imagenet), tiny_imagenet)["channels"].iloc[-1] - 1
-    data = datasets.load_dataset(tiny_imagenet)
+        load_dataset(dataclasses.replace(tiny_imagenet, calibration_images=20))
+    two = networks.layer_table(networks.fresh_model(tiny_imagenet), tiny_imagenet)["channels"].iloc[-1] - 1
+    data = load_dataset(tiny_imagenet)
     checkpoints.build_checkpoint(tiny_imagenet, data)
     with pytest.raises(DatasetMismatchError, match="2 classes, but the checkpoint .* tells 3 apart"):
         build_network(tiny_imagenet, dataclasses.replace(data, classes=int(two)))
     (root / "val" / "n04").mkdir()
     with pytest.raises(DatasetNotFoundError, match="n04"):
-        datasets.load_dataset(tiny_imagenet)
+        load_dataset(tiny_imagenet)
     shutil.rmtree(root / "val" / "n04")
     shutil.rmtree(root / "val" / "n02")
     with pytest.raises(DatasetMismatchError, match=r"class folders \['n02'\]"):
-        datasets.load_dataset(tiny_imagenet)
+        load_dataset(tiny_imagenet)
     shutil.rmtree(root)
     with pytest.raises(DatasetNotFoundError, match="your own copy of ImageNet"):
-        datasets.load_dataset(tiny_imagenet)
+        load_dataset(tiny_imagenet)

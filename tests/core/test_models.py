@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from book.studies.networks import fresh_model, layer_table, load_checkpoint
 from emq_lib.bench import engine
 from emq_lib.core import graphs, models, networks, quantizers
 from emq_lib.core.bank import build_weight_bank
@@ -22,7 +23,7 @@ RESNET20 = get_profile("cifar10-resnet20")
 @pytest.fixture(scope="module")
 def resnet20():
     """A ResNet-20 whose batch norms have seen something, so that folding has work to do."""
-    model = models.build_model(RESNET20)
+    model = fresh_model(RESNET20)
     generator = torch.Generator().manual_seed(0)
     model.train()(torch.randn(8, 3, 32, 32, generator=generator))
     return model.eval()
@@ -36,7 +37,7 @@ def test_folding_keeps_the_function(resnet20):
 
 
 def test_macs_agree_with_torchs_own_counter(resnet20):
-    layers = graphs.layer_table(graphs.fold_batchnorm(resnet20), RESNET20)
+    layers = layer_table(graphs.fold_batchnorm(resnet20), RESNET20)
     with FlopCounterMode(display=False) as counter:
         resnet20(torch.zeros(1, 3, 32, 32))
     assert 2 * layers["macs"].sum() == counter.get_total_flops()
@@ -44,14 +45,14 @@ def test_macs_agree_with_torchs_own_counter(resnet20):
 
 def test_resnet20_has_the_published_number_of_weights(resnet20):
     assert sum(p.numel() for p in resnet20.parameters()) == 269_722  # 0.27 M, He et al. 2016, table 6
-    layers = graphs.layer_table(graphs.fold_batchnorm(resnet20), RESNET20)
+    layers = layer_table(graphs.fold_batchnorm(resnet20), RESNET20)
     assert list(layers["searchable"]) == [False] + [True] * 18 + [False]
     assert list(layers.loc[layers["searchable"], "slot"]) == list(range(18))
 
 
 def test_pieces_in_a_row_are_the_network(resnet20):
     folded = graphs.fold_batchnorm(resnet20)
-    names = list(graphs.layer_table(folded, RESNET20)["name"])
+    names = list(layer_table(folded, RESNET20)["name"])
     pieces = graphs.segments(folded, names)
     assert [name for _, held in pieces for name in held] == names
     assert len(pieces) == 11  # stem, nine blocks, classifier
@@ -73,11 +74,11 @@ def test_pieces_in_a_row_are_the_network(resnet20):
 def test_every_profile_is_quantized_like_the_plain_loop(name, layers, slots, weights):
     """Random weights and images; the truth rounds weights and inputs of the float network in place."""
     profile = get_profile(name)
-    model = models.build_model(profile).eval()
+    model = fresh_model(profile).eval()
     assert sum(p.numel() for p in model.parameters()) == weights
     _spread_batchnorms(model)
     folded = graphs.fold_batchnorm(model)
-    table = graphs.layer_table(folded, profile)
+    table = layer_table(folded, profile)
     assert len(table) == layers
     assert table["slot"].max() + 1 == slots
     generator = torch.Generator().manual_seed(3)
@@ -109,7 +110,7 @@ def _spread_batchnorms(model):
 
 def test_tied_layers_follow_their_blocks_second_convolution():
     profile = get_profile("cifar10-resnet18")
-    table = graphs.layer_table(graphs.fold_batchnorm(models.build_model(profile)), profile).set_index("name")
+    table = layer_table(graphs.fold_batchnorm(fresh_model(profile)), profile).set_index("name")
     paper = ["conv1"] + [f"layer{s}.{b}.conv{c}" for s in (1, 2, 3, 4) for b in (0, 1) for c in (1, 2)] + ["fc"]
     assert [table.loc[name, "slot"] for name in paper] == list(range(18))
     assert [table.loc[f"layer{s}.0.downsample.0", "slot"] for s in (2, 3, 4)] == [6, 10, 14]
@@ -117,18 +118,18 @@ def test_tied_layers_follow_their_blocks_second_convolution():
 
 def test_a_tie_to_a_pinned_layer_is_refused(resnet20):
     with pytest.raises(UnsupportedModelError, match=r"tied to \['conv1'\]"):
-        graphs.layer_table(resnet20, dataclasses.replace(RESNET20, tied=(("layer1.0.conv1", "conv1"),)))
+        layer_table(resnet20, dataclasses.replace(RESNET20, tied=(("layer1.0.conv1", "conv1"),)))
 
 
 def test_two_layers_with_one_weight_are_named(resnet20):
-    model = models.build_model(RESNET20)
+    model = fresh_model(RESNET20)
     model.layer1[1].conv1.weight = model.layer1[0].conv1.weight
     with pytest.raises(UnsupportedModelError, match=r"'layer1\.0\.conv1', 'layer1\.1\.conv1'\] share one weight"):
-        graphs.layer_table(model, RESNET20)
+        layer_table(model, RESNET20)
 
 
 def test_same_seed_same_weights():
-    first, second = (models.build_model(RESNET20).state_dict() for _ in range(2))
+    first, second = (fresh_model(RESNET20).state_dict() for _ in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -142,24 +143,24 @@ def test_a_layer_that_runs_twice_is_named():
             return self.conv(self.conv(x)).mean(dim=(2, 3))
 
     with pytest.raises(UnsupportedModelError, match=r"\['conv'\] run more than once"):
-        graphs.layer_table(Twice(), dataclasses.replace(RESNET20, pinned=()))
+        layer_table(Twice(), dataclasses.replace(RESNET20, pinned=()))
 
 
 def test_an_unknown_pinned_layer_is_named(resnet20):
     with pytest.raises(UnsupportedModelError, match=r"profile 'cifar10-resnet20': \['stem'\] are to be pinned"):
-        graphs.layer_table(resnet20, dataclasses.replace(RESNET20, pinned=(("stem", 8),)))
+        layer_table(resnet20, dataclasses.replace(RESNET20, pinned=(("stem", 8),)))
 
 
 def test_an_unknown_model_is_named():
     with pytest.raises(InvalidParameterError, match="known models: .*resnet20"):
-        models.build_model(dataclasses.replace(RESNET20, model="resnet-9000"))
+        fresh_model(dataclasses.replace(RESNET20, model="resnet-9000"))
 
 
 def test_truncated_and_foreign_checkpoints_are_refused(tmp_path, study, profile):
     path = tmp_path / "model.safetensors"
     path.write_bytes((study / "model.safetensors").read_bytes()[:500])
     with pytest.raises(CorruptArtefactError, match="is not a checkpoint of 'resnet8'"):
-        models.load_checkpoint(profile, path)
+        load_checkpoint(profile, path)
     save_file({"weight": torch.zeros(2)}, str(path))
     with pytest.raises(CorruptArtefactError, match="is not a checkpoint of 'resnet8'"):
-        models.load_checkpoint(profile, path)
+        load_checkpoint(profile, path)

@@ -10,13 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from book.studies.rows import build_network
+from book.studies.networks import build_network, fresh_model, layer_table, load_checkpoint
 from emq_lib.core import networks, quantizers
 from emq_lib.core.bank import build_weight_bank
 from emq_lib.core.costs import size_cost
 from emq_lib.core.errors import ConfigLengthError, InvalidBitsError, UnsupportedModelError
-from emq_lib.core.graphs import fold_batchnorm, layer_table
-from emq_lib.core.models import build_model, load_checkpoint
+from emq_lib.core.graphs import fold_batchnorm
 from emq_lib.core.profiles import get_profile
 
 
@@ -155,7 +154,7 @@ def test_a_quantized_layer_computes_exact_sums(layer, shape, zero_point, bits):
 
 def test_tied_layers_take_the_bits_of_their_slot():
     profile = dataclasses.replace(get_profile("digits-resnet8"), tied=(("layer2.0.conv1", "layer1.0.conv2"),))
-    model = fold_batchnorm(build_model(profile))
+    model = fold_batchnorm(fresh_model(profile))
     layers = layer_table(model, profile)
     bank = build_weight_bank(model, layers, profile.choices)
     assert bank.slot_count == 5

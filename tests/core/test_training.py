@@ -7,11 +7,12 @@ import torch
 from safetensors.torch import load_file
 
 from book.studies import checkpoints
+from book.studies.networks import fresh_model, load_checkpoint
 from book.studies.study import read_facts
 from emq_lib.core import training
 from emq_lib.core.datasets import Split
 from emq_lib.core.errors import CorruptArtefactError
-from emq_lib.core.models import build_model, load_checkpoint, predict, top1
+from emq_lib.core.models import predict, top1
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_the_digits_are_learned_and_the_card_says_so(study, profile):
 def test_half_precision_is_stored_where_it_costs_little(profile, data, tmp_path, monkeypatch, limit, dtype):
     monkeypatch.setenv("EMQ_STUDY_ROOT", str(tmp_path))
     monkeypatch.setattr(checkpoints, "HALF_PRECISION_COST", limit)
-    model = build_model(profile).eval()
+    model = fresh_model(profile).eval()
     checkpoints.store_checkpoint(profile, training.TrainingResult(model, 1, (10.0,), 0.0), data)
     path = tmp_path / profile.name / "model.safetensors"
     assert load_file(path)["conv1.weight"].dtype == dtype

@@ -1,13 +1,13 @@
 """Data cards say what is in the files, and say so when there are none."""
 
 from book.making.cards import describe
-from emq_lib.bench.table import Bench
+from book.studies.bench import load_bench
 from emq_lib.core.profiles import get_profile
 
 
 def test_a_card_says_what_the_study_holds(study, profile):
     card = describe(profile).set_index("what")["content"]
-    table = Bench.load(profile).table
+    table = load_bench(profile).table
     assert card["rtn: rows"].startswith(f"{profile.bench_configs} random, {profile.stratified_configs} stratified")
     assert card["rtn: rows"].endswith(f"each on {table['n_a'].iloc[0] + table['n_b'].iloc[0]} test images")
     top1 = table.loc[table["sample"] == "random", "top1"]

@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 
 from book.making import publishing, tables
 from book.places import REPOSITORY
-from book.studies.bench import has_study
+from book.studies.study import has_study
 from emq_lib.core.profiles import get_profile
 
 CHAPTERS = publishing.chapter_names()

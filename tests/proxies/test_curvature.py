@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, hessian
 
+from book.studies.networks import layer_table, load_checkpoint
 from emq_lib.core.datasets import Split
 from emq_lib.core.errors import InvalidParameterError, UnsupportedModelError
-from emq_lib.core.graphs import fold_batchnorm, layer_table
-from emq_lib.core.models import load_checkpoint
+from emq_lib.core.graphs import fold_batchnorm
 from emq_lib.proxies import curvature
 
 NAME = "layer1.0.conv1"

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from book.studies import proxies
+from book.studies.bench import load_bench
 from book.studies.proxies import load_statistics
-from emq_lib.bench.table import Bench
 from emq_lib.core.errors import InvalidScoreError
 from emq_lib.proxies import curvature, handmade, layer_statistics
 from emq_lib.proxies.scores import score
@@ -130,7 +130,7 @@ def test_unknown_proxy_lists_the_known_ones(statistics):
 def test_stored_scores_are_those_of_the_configurations(own_study, profile):
     proxies.build_proxies(profile)
     scores, facts = proxies.load_proxies(profile)
-    table = Bench.load(profile).table
+    table = load_bench(profile).table
     assert set(scores.index) == set(table["config_id"])
     for name, fact in facts.items():
         if fact["table"].shape == (6, 3):

@@ -7,9 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from book.studies.networks import fresh_model, layer_table
 from book.studies.proxies import load_statistics
-from emq_lib.core.graphs import layer_table
-from emq_lib.core.models import build_model
 from emq_lib.proxies import handmade, released, scores
 
 CHOICES = (2, 3, 4)
@@ -17,7 +16,7 @@ CHOICES = (2, 3, 4)
 
 @pytest.fixture
 def network(profile):
-    model = build_model(profile).eval()
+    model = fresh_model(profile).eval()
     table = layer_table(model, profile)
     return model, list(table.loc[table["kind"] == "Conv2d", "name"])
 

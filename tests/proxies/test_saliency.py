@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
+from book.studies.networks import layer_table, load_checkpoint
 from emq_lib.core.errors import InvalidParameterError
-from emq_lib.core.graphs import fold_batchnorm, layer_table
-from emq_lib.core.models import load_checkpoint
+from emq_lib.core.graphs import fold_batchnorm
 from emq_lib.proxies import saliency
 
 SHAPE = (1, 16, 16)

@@ -16,13 +16,12 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from book.studies.rows import build_network
+from book.studies.networks import build_network, fresh_model, layer_table
 from emq_lib.core import models
 from emq_lib.core.bank import build_weight_bank
 from emq_lib.core.costs import size_cost
 from emq_lib.core.errors import CorruptArtefactError, InvalidBitsError, InvalidParameterError, MissingArtefactError
-from emq_lib.core.graphs import fold_batchnorm, layer_table
-from emq_lib.core.models import build_model
+from emq_lib.core.graphs import fold_batchnorm
 from emq_lib.core.quantizers import QuantizedWeight, quantize
 from emq_lib.quantization import onnx_export
 from emq_lib.quantization.packed import (
@@ -113,7 +112,7 @@ def test_file_is_the_claimed_size_and_a_header(packed):
 
 @pytest.mark.parametrize("config", [(2,) * 6, (3,) * 6, (4, 2, 3, 3, 2, 4)])
 def test_claimed_size_is_the_one_that_allocation_bounds(profile, config, tmp_path):
-    model = fold_batchnorm(build_model(profile))
+    model = fold_batchnorm(fresh_model(profile))
     layers = layer_table(model, profile)
     weights = build_weight_bank(model, layers, profile.choices).select(config)
     biases = {name: model.get_submodule(name).bias.detach() for name in weights}
@@ -230,7 +229,7 @@ def network(study, profile, data):
 def test_the_file_alone_gives_a_network_with_the_same_numbers(network, profile, data, tmp_path):
     path = tmp_path / "network.safetensors"
     save_network(path, network, metadata={"profile": profile.name})
-    again = load_network(path, build_model(profile))  # of random weights
+    again = load_network(path, fresh_model(profile))  # of random weights
     assert torch.equal(models.predict(again, data.test), models.predict(network, data.test))
     assert load_packed(path).metadata == {"profile": profile.name}
 
@@ -266,7 +265,7 @@ def test_layers_in_floating_point_and_narrow_inputs_come_back(tmp_path):
 
 def test_a_file_of_another_network_is_refused(network, packed, profile, tmp_path):
     with pytest.raises(InvalidParameterError, match="no ranges of inputs"):
-        load_network(packed, build_model(profile))
+        load_network(packed, fresh_model(profile))
     path = tmp_path / "whole.safetensors"
     save_network(path, network)
     with pytest.raises(InvalidParameterError, match=r"(?s)another architecture .*up\.weight"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from book.studies.rows import build_network, load_folded
+from book.studies.networks import build_network, load_folded
 from emq_lib.core import training
 from emq_lib.core.errors import CorruptArtefactError, InvalidParameterError, TrainingDivergedError
 from emq_lib.core.models import predict, top1

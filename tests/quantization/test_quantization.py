@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from book.studies import allocation, bench
+from book.studies import allocation, bench, networks
+from book.studies.networks import build_network
 from book.studies.proxies import load_statistics
-from book.studies.rows import build_network
 from book.studies.study import checked_path
 from emq_lib.core import graphs, models
 from emq_lib.core.configs import parse_bits
@@ -26,7 +26,7 @@ from emq_lib.quantization.qat import QatRecipe
 
 @pytest.fixture
 def model(study, profile):
-    return models.load_checkpoint(profile, checked_path(profile, "model.safetensors"))
+    return networks.load_checkpoint(profile, checked_path(profile, "model.safetensors"))
 
 
 def test_to_nearest_is_what_the_bench_measures(model, data, profile):

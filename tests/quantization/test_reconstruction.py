@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from book.studies.rows import build_network
+from book.studies.networks import build_network, layer_table, load_checkpoint
 from emq_lib.core.bank import build_weight_bank
 from emq_lib.core.datasets import Split
-from emq_lib.core.graphs import fold_batchnorm, layer_table
-from emq_lib.core.models import load_checkpoint, predict, top1
+from emq_lib.core.graphs import fold_batchnorm
+from emq_lib.core.models import predict, top1
 from emq_lib.core.networks import QuantizedNetwork
 from emq_lib.core.quantizers import choose_activation_ranges, quantize
 from emq_lib.quantization import adaround as adaround_module

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 
 from book.studies import bench, checks
+from book.studies.bench import load_bench
 from emq_lib.bench import remote
-from emq_lib.bench.table import Bench
 from emq_lib.core.errors import InvalidParameterError
 from emq_lib.quantization import adaround
 
@@ -35,7 +35,7 @@ def test_draw_zero_is_the_bench_and_other_draws_are_not(own_study, profile, data
         ("in order", 0): 2,
     }
     for quantizer in ("rtn", "adaround"):
-        rows = Bench.load(profile, quantizer=quantizer).table.set_index("config_id")
+        rows = load_bench(profile, quantizer=quantizer).table.set_index("config_id")
         own = table[(table["quantizer"] == quantizer) & (table["draw"] == 0)].set_index("bits")
         pd.testing.assert_series_equal(own["loss"], rows.loc[own.index, "loss"], check_names=False)
         other = table[(table["quantizer"] == quantizer) & (table["draw"] == 1)].set_index("bits")

@@ -6,8 +6,8 @@ import pytest
 
 from book.studies import quantization
 from book.studies.checks import with_calibration
-from book.studies.rows import build_network, load_folded
-from book.studies.study import read_manifest
+from book.studies.networks import build_network, load_folded
+from book.studies.study import manifest_of
 from emq_lib.bench.engine import measure
 from emq_lib.core.configs import bits_text, parse_bits
 from emq_lib.core.models import predict, top1
@@ -49,7 +49,7 @@ def test_rows_are_what_direct_measurement_gives(choices, profile, data):
 
 def test_interrupted_and_resumed_gives_the_same_rows_and_more_seeds_extend_them(choices, profile, data, monkeypatch):
     whole = _build(profile, data, seeds=1, quantizers=("brecq",))
-    path = quantization.study_folder(profile) / quantization.FILE
+    path = quantization.study_folder(profile) / quantization.COMPARISON
     path.unlink()
     done, work = [], quantization.quantize_and_measure
 
@@ -71,9 +71,11 @@ def test_interrupted_and_resumed_gives_the_same_rows_and_more_seeds_extend_them(
     assert all(np.array_equal(*pair) for pair in zip(resumed["hits"], whole["hits"], strict=True))
     counted.clear()
     extended = _build(profile, data, seeds=1, quantizers=("brecq", "qat"))
-    spent = read_manifest(profile)[quantization.FILE]["seconds"]
+    spent = manifest_of(profile)[quantization.COMPARISON]["seconds"]
     _build(profile, data, seeds=1, quantizers=("brecq", "qat"))
-    assert read_manifest(profile)[quantization.FILE]["seconds"] > spent  # nothing was left to do; earlier time counts
+    assert (
+        manifest_of(profile)[quantization.COMPARISON]["seconds"] > spent
+    )  # nothing was left to do; earlier time counts
     assert {job.quantizer for job in counted} == {"qat"}
     assert set(extended["quantizer"]) == {"brecq", "qat", "float"}
     assert set(extended.query("quantizer == 'qat'")["proxy"]) == set(quantization.TRAINED_METHODS)

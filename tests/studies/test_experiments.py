@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from book.studies import evolution
-from book.studies.study import read_manifest
-from emq_lib.bench.table import Bench
+from book.studies.bench import load_bench
+from book.studies.study import manifest_of
 from emq_lib.core.errors import CorruptArtefactError, InvalidParameterError, MissingArtefactError
 from emq_lib.core.profiles import EvolutionBudget
 from emq_lib.evolution.genotypes import parse
@@ -60,7 +60,7 @@ def test_every_run_is_logged_with_its_control_and_its_worth(short, own_study):
     assert (control["evaluations"] == evolved["evaluations"]).all()
     assert table.query("method != @experiments.WITH_PAIRS")["separable"].all()
     row = table.iloc[0]
-    _, heldout = Bench.load(short).split()
+    _, heldout = load_bench(short).split()
     (problem,) = evolution.load_problems(short)
     scores = problem.evaluator.score(parse(row["best"]), heldout.configs)
     assert row["heldout_rho100"] == pytest.approx(ranking.spearman(scores, heldout.top1))
@@ -69,13 +69,13 @@ def test_every_run_is_logged_with_its_control_and_its_worth(short, own_study):
         evolution.load_winner(short, "islands")
     winner = evolution.load_winner(short, evolution.EVOLUTION)
     assert winner["fitness"] == table.query("method == 'evolution'")["goal"].max()
-    assert {"evolution.jsonl", "searches.csv"} <= set(read_manifest(short))
+    assert {"evolution.jsonl", "searches.csv"} <= set(manifest_of(short))
 
 
 @pytest.mark.parametrize("goal", ["ranks", "rho", "few", "halves", "sizes"])
 def test_goals_read_the_search_half_alone(goal, profile, study):
-    search, heldout = Bench.load(profile).split()
-    spread, _ = Bench.load(profile).split("stratified")
+    search, heldout = load_bench(profile).split()
+    spread, _ = load_bench(profile).split("stratified")
     allowed = {tuple(row) for row in (spread if goal == "sizes" else search).configs}
     problems = evolution.load_problems(profile, goal)
     assert len(problems) == (evolution.HALVES if goal == "halves" else 1)
