@@ -13,8 +13,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton, which looks only then
 
 from book.studies import bench, checkpoints, proxies
+from book.studies.files import CHOICES
 from book.studies.images import load_dataset
-from book.studies.study import record
+from book.studies.study import new_file
 from emq_lib.core.profiles import get_profile
 
 
@@ -79,6 +80,6 @@ def choices(own_study, profile):
         for average, bits in chosen.items()
     ]
     table = pd.DataFrame(rows).assign(correct_b=1, n_b=2)
-    table.to_csv(own_study / "quantization.csv", index=False)
-    record(profile, "quantization.csv", command="by hand", seconds=0.0, rows=len(table))
+    with new_file(profile, CHOICES, seconds=0.0, rows=len(table)) as path:
+        table.to_csv(path, index=False)
     return table

@@ -30,21 +30,27 @@ def code_hash(*roots: str) -> str:
     >>> code_hash("emq_lib.core.costs:gather") == code_hash("emq_lib.core.costs:gather", "emq_lib.core.costs:selected")
     True
     """
-    waiting, found = [], {}
+    waiting: list[tuple[str, str]] = []
     for root in roots:
         module, _, name = root.partition(":")
         waiting += [(module, each) for each in ([name] if name else _read(module)[0])]
+    found = {}
     while waiting:
         place = waiting.pop()
         if place not in found:
-            module, name = place
-            definitions, imports = _read(module)
-            nodes = _nodes(module, name)
-            found[place] = [_plain(node) for node in nodes]
-            for node in nodes:
-                waiting += _reached(node, module, definitions, imports)
-    parts = sorted(json.dumps([name, nodes]) for (_, name), nodes in found.items())
+            found[place], reached = _described(*place)
+            waiting += reached
+    parts = sorted(json.dumps([name, text]) for (_, name), text in found.items())
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
+
+
+@functools.cache
+def _described(module: str, name: str) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """Return a definition as text, and (module, name) of what it uses of this project."""
+    definitions, imports = _read(module)
+    nodes = _nodes(module, name)
+    reached = {place for node in nodes for place in _reached(node, module, definitions, imports)}
+    return json.dumps([_plain(node) for node in nodes]), tuple(sorted(reached))
 
 
 @functools.cache

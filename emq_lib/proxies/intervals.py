@@ -14,11 +14,12 @@ from scipy import stats
 
 from emq_lib.core.errors import InvalidParameterError, InvalidScoreError
 from emq_lib.proxies.ranking import (
-    _UNEXPLAINED,
     MINIMUM,
     _checked,
     _checked_covariates,
     _count,
+    _partial_of_counts,
+    _rank_function,
     _within,
     partial_rho,
     regret,
@@ -370,24 +371,6 @@ def sampling_interval(rho: float, n: int, *, level: float = 0.95) -> tuple[float
     return float(np.tanh(np.arctanh(rho) - half_width)), float(np.tanh(np.arctanh(rho) + half_width))
 
 
-def _rank_function(values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Return what turns counts (R, N), how often each value is drawn, into its mean rank in each resample, (R, N).
-
-    Ranks come less their mean. Values are sorted once: among sorted values a mean rank is a running sum of counts.
-    """
-    order = np.argsort(values, kind="stable")
-    new = np.append(True, np.diff(values[order]) > 0)
-    starts, group = np.flatnonzero(new), np.empty(len(values), dtype=np.intp)
-    group[order] = np.cumsum(new) - 1
-
-    def ranks(counts: np.ndarray) -> np.ndarray:
-        tied = np.add.reduceat(counts[:, order], starts, axis=1)
-        total = np.cumsum(tied, axis=1)
-        return (total - tied / 2 - total[:, -1:] / 2)[:, group]
-
-    return ranks
-
-
 def _rho_of_counts(scores: np.ndarray, accuracy: np.ndarray, percent: float) -> Callable[[np.ndarray], np.ndarray]:
     """Return the function from counts (R, N) to rho at a share in each resample, (R,); NaN where it ranks nothing."""
     scores, accuracy = np.asarray(scores, dtype=np.float64), np.asarray(accuracy, dtype=np.float64)
@@ -406,27 +389,6 @@ def _rho_of_counts(scores: np.ndarray, accuracy: np.ndarray, percent: float) -> 
             return np.einsum("rn,rn,rn->r", counts, x, y) / norm
 
     return rho
-
-
-def _partial_of_counts(
-    scores: np.ndarray, accuracy: np.ndarray, covariates: np.ndarray
-) -> Callable[[np.ndarray], np.ndarray]:
-    """Return the function from counts (R, N) to partial rho in each resample, (R,); NaN where nothing is left."""
-    functions = [_rank_function(values) for values in (scores, accuracy, *covariates.T)]
-
-    def partial(counts: np.ndarray) -> np.ndarray:
-        ranks = np.stack([ranks(counts) for ranks in functions], axis=1)
-        products = (ranks * counts[:, None]) @ ranks.transpose(0, 2, 1)
-        norm = np.sqrt(np.diagonal(products, axis1=1, axis2=2))
-        norm = np.where(norm > 0, norm, np.inf)  # a constant explains nothing
-        rho = products / norm[:, :, None] / norm[:, None, :]
-        explained = rho[:, :2, 2:] @ np.linalg.pinv(rho[:, 2:, 2:], rcond=1e-10, hermitian=True) @ rho[:, 2:, :2]
-        left = rho[:, :2, :2] - explained
-        with np.errstate(invalid="ignore", divide="ignore"):
-            value = left[:, 0, 1] / np.sqrt(left[:, 0, 0] * left[:, 1, 1])
-        return np.where(np.minimum(left[:, 0, 0], left[:, 1, 1]) < _UNEXPLAINED, np.nan, value)
-
-    return partial
 
 
 @dataclass(frozen=True)
