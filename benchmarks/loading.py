@@ -1,6 +1,6 @@
-"""Seconds to load 10,000 rows through `Bench.load`, against pandas alone on the same file.
+"""Seconds to load 10,000 rows through `load_bench`, against pandas alone on the same file.
 
-The file has the form and the columns of a published bench: its rows, repeated under other configurations. `Bench.load`
+The file has the form and the columns of a published bench: its rows, repeated under other configurations. `load_bench`
 also checks the file against the manifest.
 
     python benchmarks/loading.py
@@ -20,8 +20,9 @@ import time
 import pandas as pd
 from engine import hardware
 
-from book.studies.bench import load_bench
-from book.studies.study import checked_path, record, study_folder
+from book.studies.bench import load_bench, load_layers
+from book.studies.files import BENCH, LAYERS
+from book.studies.study import checked_path, new_file, study_folder
 from emq_lib.bench.sampling import sample_configs
 from emq_lib.core.configs import bits_text
 from emq_lib.core.profiles import get_profile
@@ -33,6 +34,7 @@ ROWS, REPEATS = 10_000, 7
 def main() -> None:
     """Write the file, check that both ways read the same, time them in turn, and write the result."""
     profile = get_profile("cifar10-resnet20")
+    layers = load_layers(profile)
     published = pd.read_parquet(checked_path(profile, "bench.parquet"))
     slots = len(published["bits"].iloc[0])
     configs = sample_configs(slots, profile.choices, ROWS, rng=profile.rng("benchmark"))[-ROWS:]
@@ -40,12 +42,13 @@ def main() -> None:
     table = table.assign(bits=list(configs), config_id=list(map(bits_text, configs)), quantizer=profile.quantizer)
     with tempfile.TemporaryDirectory() as root:
         os.environ["EMQ_STUDY_ROOT"] = root
-        path = study_folder(profile) / "bench.parquet"
-        path.parent.mkdir()
-        table.to_parquet(path, index=False)
-        record(profile, path.name, command="benchmarks/loading.py", seconds=0.0, rows=ROWS)
+        with new_file(profile, LAYERS, seconds=0.0, rows=len(layers)) as path:
+            layers.to_csv(path, index=False)
+        with new_file(profile, BENCH, seconds=0.0, rows=ROWS) as path:
+            table.to_parquet(path, index=False)
+        path = study_folder(profile) / BENCH
         ways = {
-            "Bench.load": lambda: load_bench(profile).to_pandas(),
+            "load_bench": lambda: load_bench(profile).to_pandas(),
             "pandas.read_parquet": lambda: pd.read_parquet(path),
         }
         pd.testing.assert_frame_equal(*(read() for read in ways.values()))

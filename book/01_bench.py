@@ -53,11 +53,12 @@ from book.making.plots import (
 from book.making.tables import show_source, show_table
 from book.studies import bench, checkpoints, checks
 from book.studies.bench import load_bench
+from book.studies.checkpoints import train_fresh
 from book.studies.images import load_dataset
 from book.studies.networks import layer_table
-from book.studies.study import manifest_of, read_facts
+from book.studies.study import has_study, manifest_of, read_facts
 from emq_lib.bench import engine, sampling
-from emq_lib.core import networks, quantizers, training
+from emq_lib.core import networks, quantizers
 from emq_lib.core.bank import build_weight_bank
 from emq_lib.core.configs import bits_text, slot_names
 from emq_lib.core.costs import gather
@@ -90,7 +91,7 @@ if chapter.rebuild:
 # %%
 digits = chapter.study("digits-resnet8")
 data = load_dataset(digits)
-network = training.train(digits, data).model
+network = train_fresh(digits, data).model
 chapter.claim(
     "digits_top1",
     "The digits network classifies {:.1f} % of its test images correctly.",
@@ -765,25 +766,25 @@ chapter.claim(
 studies = [
     load_bench(profile)
     for profile in map(chapter.study, profile_names())
-    if bench.has_study(profile, "bench.parquet")
+    if has_study(profile, "bench.parquet")
     and profile.choices == chapter.profile.choices
 ]
 halves = [study.split() for study in studies]
 tables = {"bit sum": np.array([chapter.profile.choices])}
 for study, (search, heldout) in zip(studies, halves, strict=True):
-    tables[study.profile.name] = oracles.additive_oracle(
-        search.configs, search.half_a, heldout.configs, study.profile.choices
+    tables[study.name] = oracles.additive_oracle(
+        search.configs, search.half_a, heldout.configs, study.choices
     ).table
 transfer = {}
 for target, (_, heldout) in zip(studies, halves, strict=True):
-    slots, choices = heldout.configs.shape[1], target.profile.choices
-    transfer[target.profile.name] = {
+    slots, choices = heldout.configs.shape[1], target.choices
+    transfer[target.name] = {
         source: intervals.bootstrap_rho(
             gather(
                 oracles.resample_layers(table, slots), heldout.configs, choices
             ),
             heldout.top1,
-            rng=target.profile.rng("transfer"),
+            rng=chapter.study(target.name).rng("transfer"),
         )
         for source, table in tables.items()
     }

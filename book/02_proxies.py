@@ -140,7 +140,13 @@ def loss_of(weight: torch.Tensor) -> torch.Tensor:
 dense = torch.func.hessian(loss_of)(weight).reshape(
     weight.numel(), weight.numel()
 )
-trace, _ = curvature.hessian_traces(model, [name], few, combinations=None)
+trace, _ = curvature.hessian_traces(
+    model,
+    [name],
+    few,
+    combinations=None,
+    generator=digits.generator("chapter 02"),
+)
 assert np.isclose(trace[0], dense.trace().item(), rtol=1e-3)
 dense.trace().item(), trace[0]
 

@@ -50,7 +50,7 @@ from book.studies import proxies
 from book.studies.bench import load_bench
 from book.studies.heldout import load_heldout
 from book.studies.images import load_dataset
-from book.studies.proxies import load_statistics
+from book.studies.proxies import load_statistics, released_statistics
 from emq_lib.proxies import handmade, intervals, ranking, released
 from emq_lib.proxies.scores import score
 
@@ -271,7 +271,7 @@ chapter.claim(
 # %%
 data = load_dataset(digits)
 drawn = [
-    released.measure_released(
+    released_statistics(
         dataclasses.replace(digits, seed=seed), data.calibration
     )
     for seed in range(3)

@@ -8,7 +8,7 @@ from book.studies.bench import load_bench, load_layers
 from book.studies.study import has_study, manifest_of, read_facts, study_folder
 from emq_lib.bench.table import SAMPLES, Bench
 from emq_lib.core.errors import MissingArtefactError
-from emq_lib.core.profiles import QUANTIZERS, Profile
+from emq_lib.core.profiles import QUANTIZERS, Profile, get_profile
 from emq_lib.proxies import intervals, oracles
 
 LICENCE = "tables, checkpoint and this card: CC BY 4.0; code: MIT. Images are not included and keep their own terms."
@@ -76,12 +76,12 @@ def _network(profile: Profile) -> dict[str, str]:
 
 def _bench(bench: Bench) -> dict[str, str]:
     """Describe the rows of one quantizer."""
-    table, name = bench.table, bench.profile.quantizer
+    table, name = bench.table, bench.quantizer
     counts = table["sample"].value_counts()
     images = int(table["n_a"].iloc[0] + table["n_b"].iloc[0])
     search, heldout = bench.split()
-    oracle = oracles.additive_oracle(search.configs, search.half_a, heldout.configs, bench.profile.choices)
-    rho = intervals.bootstrap_rho(oracle.predictions, heldout.top1, rng=bench.profile.rng("card"))
+    oracle = oracles.additive_oracle(search.configs, search.half_a, heldout.configs, bench.choices)
+    rho = intervals.bootstrap_rho(oracle.predictions, heldout.top1, rng=get_profile(bench.name).rng("card"))
     samples = ", ".join(f"{counts[sample]:,} {sample}" for sample in SAMPLES if sample in counts)
     rows = {f"{name}: rows": f"{samples}; each on {images:,} test images"}
     for sample in ("random", "one-bit"):
@@ -89,7 +89,7 @@ def _bench(bench: Bench) -> dict[str, str]:
             some = bench.select(sample)
             top1, ceiling = (
                 some.top1,
-                intervals.noise_ceiling(some.half_a, some.half_b, rng=bench.profile.rng("card")),
+                intervals.noise_ceiling(some.half_a, some.half_b, rng=get_profile(bench.name).rng("card")),
             )
             rows[f"{name}, {sample}: top-1"] = (
                 f"{top1.min():.1f} to {top1.max():.1f} %, mean {top1.mean():.2f}, "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+
 from book.studies.files import MODEL
 from book.studies.networks import fresh_model, load_pretrained
 from book.studies.study import save_tensors, sole_writer
@@ -23,15 +25,14 @@ def build_checkpoint(profile: Profile, data: ImageData) -> None:
         store_checkpoint(profile, TrainingResult(published, 0, (), 0.0), data)
     else:
         with sole_writer(profile) as folder:
-            result = train(
-                fresh_model(profile),
-                profile.training,
-                data,
-                generator=profile.generator("training"),
-                resume=folder / "training.resume",
-            )
-            store_checkpoint(profile, result, data)
+            store_checkpoint(profile, train_fresh(profile, data, resume=folder / "training.resume"), data)
             (folder / "training.resume").unlink(missing_ok=True)
+
+
+def train_fresh(profile: Profile, data: ImageData, *, resume: pathlib.Path | None = None) -> TrainingResult:
+    """Train the profile's network from its fresh weights by its recipe: see :func:`emq_lib.core.training.train`."""
+    generator = profile.generator("training")
+    return train(fresh_model(profile), profile.training, data, generator=generator, resume=resume)
 
 
 def store_checkpoint(profile: Profile, result: TrainingResult, data: ImageData) -> None:

@@ -13,12 +13,12 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from book.studies.bench import load_bench
 from book.studies.files import CHECKS
 from book.studies.networks import build_network, layer_table, load_folded
 from book.studies.rows import PARTIAL, PartialRows, measure_resumably, row_keys, row_of
 from book.studies.study import checked_path, new_file, sole_writer, study_folder
 from emq_lib.bench.engine import measure
-from emq_lib.bench.table import Bench
 from emq_lib.core.configs import bits_text
 from emq_lib.core.datasets import ImageData
 from emq_lib.core.errors import InvalidParameterError
@@ -44,7 +44,7 @@ def build_checks(profile: Profile, data: ImageData) -> None:
     Raises:
         InvalidParameterError: there are too few training images for the draws.
     """
-    configs = Bench.load(profile).select("random").configs[:CONFIGS]
+    configs = load_bench(profile).select("random").configs[:CONFIGS]
     known = pd.read_parquet(checked_path(profile, "bench.parquet")).set_index("key").to_dict("index")
     folder = study_folder(profile)
     with sole_writer(profile):

@@ -144,7 +144,7 @@ def _ranks(
         for statistic in (ranking.kendall, ranking.weighted_tau, ranking.logit_pearson)
     }
     return {
-        "quantizer": heldout.profile.quantizer,
+        "quantizer": heldout.quantizer,
         "n": len(heldout),
         "rho20": rho[20].value,
         "rho50": rho[50].value,

@@ -24,7 +24,7 @@ from emq_lib.core.graphs import fold_batchnorm
 from emq_lib.core.profiles import Profile
 from emq_lib.proxies.handmade import PROXIES, score_table
 from emq_lib.proxies.layer_statistics import LayerStatistics, assemble_statistics, measure_statistics
-from emq_lib.proxies.released import measure_released
+from emq_lib.proxies.released import ReleasedStatistics, measure_released
 from emq_lib.proxies.scores import score
 
 
@@ -33,19 +33,20 @@ def build_statistics(profile: Profile, calibration: Split) -> None:
     with sole_writer(profile):
         model = load_folded(profile, calibration.images.device)
         layers = layer_table(model, profile)
-        random = fold_batchnorm(fresh_model(profile)).to(calibration.images.device)
-        released = measure_released(
-            random,
-            layer_table(random, profile),
-            calibration,
-            choices=profile.choices,
-            shortcuts=tuple(dict(profile.tied)),
-            streams=profile.generator,
-        )
+        released, streams = released_statistics(profile, calibration), profile.generator
         stored, seconds = measure_statistics(
-            model, layers, calibration, choices=profile.choices, released=released, streams=profile.generator
+            model, layers, calibration, choices=profile.choices, released=released, streams=streams
         )
         save_tensors(profile, STATISTICS, stored, {}, seconds=sum(seconds.values()), costs=seconds)
+
+
+def released_statistics(profile: Profile, calibration: Split) -> ReleasedStatistics:
+    """Measure what the released code reads, on a network of random weights that the profile's seed draws."""
+    random = fold_batchnorm(fresh_model(profile)).to(calibration.images.device)
+    shortcuts = tuple(dict(profile.tied))
+    choices, streams = profile.choices, profile.generator
+    layers = layer_table(random, profile)
+    return measure_released(random, layers, calibration, choices=choices, shortcuts=shortcuts, streams=streams)
 
 
 def load_statistics(profile: Profile) -> LayerStatistics:
