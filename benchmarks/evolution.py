@@ -23,10 +23,11 @@ import numpy as np
 from engine import hardware
 
 from book.studies import evolution
+from book.studies.bench import load_bench
 from book.studies.images import load_dataset
 from book.studies.networks import layer_table, load_checkpoint
 from book.studies.proxies import load_statistics
-from book.studies.study import checked_path, has_study, load_bench
+from book.studies.study import checked_path, has_study
 from emq_lib.core.graphs import fold_batchnorm
 from emq_lib.core.profiles import EvolutionBudget, get_profile, profile_names
 from emq_lib.evolution import fitness, search

@@ -92,12 +92,12 @@ show_table(rebuild, decimals=2)
 # **One GPU.** The library computes where its images are. Statistics and measuring follow, and the kernels run through Triton:
 #
 # ```python
-# from emq_lib import bench
-# from emq_lib.datasets import load_dataset
-# from emq_lib.profiles import get_profile
+# from book.studies.bench import build_bench
+# from book.studies.images import load_dataset
+# from emq_lib.core.profiles import get_profile
 #
 # profile = get_profile("cifar10-resnet20")
-# bench.build_bench(profile, load_dataset(profile).to("cuda"))
+# build_bench(profile, load_dataset(profile).to("cuda"))
 # ```
 #
 # Each piece of a network is then captured once at each of its bits as a CUDA graph and replayed, and nothing waits for an answer until a block of
@@ -105,11 +105,17 @@ show_table(rebuild, decimals=2)
 # activations are not, unless `torch.backends.cudnn.allow_tf32 = False`. No study of this book was computed on a GPU: what it runs was tested
 # step by step on a processor, and `make test` compares the answers image by image where there is a GPU.
 #
-# **A cluster.** Blocks of configurations are independent. Start `dask scheduler` on one machine and `dask worker tcp://...:8786` on the
-# others, each with this package installed, and name the scheduler; workers need no images and no files:
+# **A cluster.** Blocks of configurations are independent. A scheduler runs whatever anybody sends to its port, so it listens on this machine
+# alone, unless you name an address that only your own machines reach. Start it, and the workers, with this package installed (the extra
+# `cluster`), and name the scheduler; workers need no images and no files:
+#
+# ```bash
+# dask scheduler --host 127.0.0.1
+# dask worker tcp://127.0.0.1:8786 --nthreads 1
+# ```
 #
 # ```python
-# bench.build_bench(profile, load_dataset(profile), scheduler="tcp://...:8786")
+# build_bench(profile, load_dataset(profile), scheduler="tcp://127.0.0.1:8786")
 # ```
 #
 # **Conda, Colab, Binder.** `conda env create -f environment.yml` gives the same pinned packages, and is what Binder builds. Once the

@@ -213,8 +213,8 @@ except UnsupportedModelError as error:
 # %% [markdown]
 # ## The whole book on your study
 #
-# Put the two entries where the book finds them: the network into `MODELS` of `emq_lib/models.py`, the profile at the end of
-# `emq_lib/profiles.py`. Then
+# Put the two entries where the book finds them: the network into `MODELS` of `emq_lib/core/models.py`, the profile at the end of
+# `emq_lib/core/profiles.py`. Then
 #
 # ```bash
 # make book PROFILE=digits-plain REBUILD=1
@@ -222,7 +222,7 @@ except UnsupportedModelError as error:
 #
 # runs every chapter on it. Chapter 01 then also measures the same configurations under learned rounding
 # (`build_bench(..., quantizer="adaround")`) and some of them with other calibration images and reconstructed in order
-# (`checks.build_checks`, which needs three times as many training images as there are calibration images). On several machines, start a scheduler and workers of `dask.distributed` and give the address to
+# (`checks.build_checks`, which needs three times as many training images as there are calibration images). On several machines, start a scheduler (`dask scheduler --host 127.0.0.1`; never on an open port) and workers, and give the address to
 # `build_bench(profile, images, scheduler="tcp://...")`: workers need this package with your entries, but no images and no files of the
 # study.
 #
