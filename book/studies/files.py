@@ -9,9 +9,19 @@ STATISTICS, SCORES, TABLES, HELDOUT = "statistics.safetensors", "proxies.parquet
 EVOLUTION_LOG, SEARCHES, ENUMERATION = "evolution.jsonl", "searches.csv", "enumeration.jsonl"
 TRANSFER, CHOICES, COMPARISON, RUNTIMES = "transfer.jsonl", "quantization.csv", "comparison.parquet", "runtimes.csv"
 
-_NETWORK = ("dataset", "model", "seed", "validation_images")
-_LAYERS = ("choices", "pinned", "tied")
-_ROUNDED = (*_LAYERS, "activation_bits", "calibration_images")
+NEUTRAL = (  # how files are kept and work is shared changes no number, which the tests check
+    "book.places",
+    "book.studies.files",
+    "book.studies.study",
+    "book.studies.workers",
+    "emq_lib.bench.engine",
+    "emq_lib.bench.remote",
+    "emq_lib.core.errors",
+    "emq_lib.core.files",
+    "emq_lib.core.journal",
+    "emq_lib.core.profiles",
+    "emq_lib.core.sources",
+)
 DECIDES_ROWS = (
     "emq_lib.core.graphs:fold_batchnorm",
     "emq_lib.core.quantizers:quantize",
@@ -19,8 +29,12 @@ DECIDES_ROWS = (
     "emq_lib.core.networks:QuantizedLayer.forward",
     "book.studies.rows:row_of",
 )
-_STATISTICS = ("emq_lib.proxies.layer_statistics:measure_statistics", "emq_lib.proxies.released:measure_released")
-_SEARCH = ("emq_lib.evolution.search", "emq_lib.evolution.fitness", "emq_lib.evolution.evaluator:Evaluator")
+_DRAWS = ("emq_lib.core.profiles:Profile.rng", "emq_lib.core.profiles:Profile.seed_of")
+_LAYERS = ("choices", "pinned", "tied")
+_ROWS = (*_LAYERS, "activation_bits", "bench_images", "calibration_images", "seed")
+_SAMPLES = ("bench_configs", "stratified_configs", "one_bit_configs")
+_SEARCHED = (MODEL, LAYERS, BENCH, STATISTICS)
+_SEARCH = ("book.studies.evolution:_lines", "book.studies.evolution:runs")
 
 
 @dataclass(frozen=True)
@@ -29,62 +43,82 @@ class File:
 
     Attributes:
         name: inside the study's folder.
-        inputs: the files of the study that it is computed from; those that are absent when it is made do not count.
-        settings: fields of the profile that decide it.
-        code: what decides its numbers, as :func:`emq_lib.core.sources.code_hash` takes it. The engine around that code
-            does not count: how work is shared changes no number, which the tests check.
+        builder: "module:function" that makes it.
+        inputs: the files of the study that it is computed from; one that is absent when it is made counts too.
+        settings: fields of the profile that decide it, beyond those that decide its inputs.
+        decided_by: what decides its numbers where it is not all that the builder does.
     """
 
     name: str
+    builder: str
     inputs: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
-    code: tuple[str, ...] = ()
+    decided_by: tuple[str, ...] = ()
+
+    @property
+    def code(self) -> tuple[str, ...]:
+        """What decides its numbers, as :func:`emq_lib.core.sources.code_hash` takes it, beside :data:`NEUTRAL`."""
+        return (*(self.decided_by or (self.builder,)), *_DRAWS)
 
 
-FILES = {
+FILES = {  # in an order in which they can be made
     file.name: file
     for file in (
-        File(MODEL, (), (*_NETWORK, "training"), ("emq_lib.core.training:train", "emq_lib.core.models:MODELS")),
-        File(LAYERS, (MODEL,), ("pinned", "tied"), ("emq_lib.core.graphs:describe_layers",)),
-        File(BENCH, (MODEL, LAYERS), (*_ROUNDED, "bench_images"), (*DECIDES_ROWS, "emq_lib.quantization.adaround")),
-        File(CHECKS, (MODEL, BENCH), _ROUNDED, (*DECIDES_ROWS, "emq_lib.quantization.brecq:reconstruct_in_order")),
-        File(STATISTICS, (MODEL,), (*_LAYERS, "calibration_images", "seed"), _STATISTICS),
-        File(SCORES, (BENCH, STATISTICS), ("choices",), ("emq_lib.proxies.handmade", "emq_lib.proxies.scores")),
-        File(TABLES, (STATISTICS,), ("choices",), ("emq_lib.proxies.handmade",)),
+        File(
+            MODEL,
+            "book.studies.checkpoints:build_checkpoint",
+            (),
+            ("dataset", "model", "seed", "training", "validation_images"),
+        ),
+        File(LAYERS, "book.studies.bench:build_bench", (MODEL,), _LAYERS, ("book.studies.networks:layer_table",)),
+        File(BENCH, "book.studies.bench:build_bench", (MODEL, LAYERS), (*_ROWS, *_SAMPLES)),
+        File(CHECKS, "book.studies.checks:build_checks", (MODEL, LAYERS, BENCH), _ROWS),
+        File(
+            STATISTICS,
+            "book.studies.proxies:build_statistics",
+            (MODEL,),
+            (*_LAYERS, "calibration_images", "seed"),
+        ),
+        File(SCORES, "book.studies.proxies:build_proxies", (MODEL, BENCH, STATISTICS), _LAYERS),
+        File(TABLES, "book.studies.proxies:build_proxies", (MODEL, BENCH, STATISTICS), _LAYERS),
         File(
             EVOLUTION_LOG,
-            (MODEL, BENCH, STATISTICS),
-            ("evolution", "seed"),
-            (*_SEARCH, "book.studies.evolution:METHODS"),
+            "book.studies.evolution:build_evolution",
+            _SEARCHED,
+            ("evolution", "quantizer", "seed"),
+            _SEARCH,
         ),
-        File(TRANSFER, (), ("evolution", "seed"), (*_SEARCH, "book.studies.evolution:TRANSFERRED")),
         File(
-            ENUMERATION, (MODEL, BENCH, STATISTICS), ("evolution", "seed"), (*_SEARCH, "book.studies.evolution:SMALL")
+            SEARCHES,
+            "book.studies.evolution:build_searches",
+            (*_SEARCHED, EVOLUTION_LOG),
+            ("quantizer",),
         ),
-        File(SEARCHES, (EVOLUTION_LOG, BENCH, STATISTICS), (), ("book.studies.evolution:build_searches",)),
+        File(TRANSFER, "book.studies.evolution:build_transfer", (), ("evolution", "quantizer", "seed"), _SEARCH),
+        File(
+            ENUMERATION,
+            "book.studies.evolution:build_enumeration",
+            _SEARCHED,
+            ("evolution", "quantizer", "seed"),
+        ),
         File(
             HELDOUT,
-            (BENCH, STATISTICS, TABLES, EVOLUTION_LOG, TRANSFER),
-            ("seed",),
-            ("book.studies.heldout", "emq_lib.proxies.ranking", "emq_lib.proxies.intervals", "emq_lib.proxies.oracles"),
+            "book.studies.heldout:build_heldout",
+            (*_SEARCHED, SCORES, TABLES, EVOLUTION_LOG, TRANSFER),
+            ("quantizer", "seed"),
         ),
         File(
             CHOICES,
-            (MODEL, BENCH, STATISTICS, TABLES, EVOLUTION_LOG, TRANSFER, SEARCHES),
-            (*_ROUNDED, "budgets", "bench_images", "seed"),
-            (*DECIDES_ROWS, "book.studies.allocation:choose_configurations"),
+            "book.studies.allocation:build_quantization",
+            (*_SEARCHED, SCORES, TABLES, EVOLUTION_LOG, SEARCHES, TRANSFER),
+            (*_ROWS, "budgets", "quantizer"),
         ),
         File(
             COMPARISON,
-            (MODEL, BENCH, CHOICES),
-            (*_ROUNDED, "bench_images", "seed"),
-            (
-                *DECIDES_ROWS,
-                "emq_lib.quantization.adaround",
-                "emq_lib.quantization.brecq",
-                "emq_lib.quantization.qat",
-            ),
+            "book.studies.quantization:build_comparison",
+            (MODEL, LAYERS, BENCH, CHOICES),
+            (*_ROWS, "quantizer"),
         ),
-        File(RUNTIMES, (MODEL, CHOICES), _ROUNDED, (*DECIDES_ROWS, "emq_lib.quantization.onnx_export")),
+        File(RUNTIMES, "book.studies.runtimes:build_runtimes", (MODEL, CHOICES), (*_ROWS, "quantizer")),
     )
 }

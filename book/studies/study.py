@@ -9,9 +9,9 @@ that renews it. :mod:`book.studies.files` says which file is made from what.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import pathlib
@@ -23,8 +23,14 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from book.places import REPOSITORY
-from book.studies.files import FILES
-from emq_lib.core.errors import CorruptArtefactError, MissingArtefactError, StaleArtefactError, StudyBusyError
+from book.studies.files import FILES, NEUTRAL
+from emq_lib.core.errors import (
+    CorruptArtefactError,
+    MissingArtefactError,
+    StaleArtefactError,
+    StudyBusyError,
+    UnwritablePathError,
+)
 from emq_lib.core.files import (
     MANIFEST,
     atomic_path,
@@ -37,7 +43,7 @@ from emq_lib.core.files import (
     vouched_path,
     write_bytes,
 )
-from emq_lib.core.profiles import Profile, get_profile, is_published
+from emq_lib.core.profiles import Profile, get_profile, is_published, profile_names
 from emq_lib.core.sources import code_hash
 
 if TYPE_CHECKING:
@@ -71,8 +77,9 @@ def sole_writer(profile: Profile) -> Iterator[pathlib.Path]:
         the study's folder.
 
     Raises:
-        StudyBusyError: another run is writing it.
+        StudyBusyError: another run is writing it, or another thread or a worker of this one.
         UnwritablePathError: the folder cannot be written.
+        CorruptArtefactError: its manifest is none.
     """
     folder = study_folder(profile)
     with named_when_unwritable(folder):
@@ -85,11 +92,10 @@ def sole_writer(profile: Profile) -> Iterator[pathlib.Path]:
                 f"Another run is writing the study in {folder}. Wait for it, stop it, or set EMQ_STUDY_ROOT elsewhere."
             ) from error
     try:
-        if lock.lock_counter == 1:
-            _finish(folder)
-            with one_thread():
-                yield folder
-        else:
+        with contextlib.ExitStack() as stack:
+            if lock.lock_counter == 1:
+                _finish(folder)
+                stack.enter_context(one_thread())
             yield folder
     finally:
         lock.release()
@@ -113,13 +119,14 @@ def one_thread() -> Iterator[None]:
 def _finish(folder: pathlib.Path) -> None:
     """Put staged files that the manifest vouches for in their place; remove others and what killed runs left."""
     manifest = read_manifest(folder)
-    for staged in folder.glob(".*.staged"):
-        filename = staged.name.removeprefix(".").removesuffix(".staged")
-        if filename in manifest and sha256(staged) == manifest[filename]["sha256"]:
-            os.replace(staged, folder / filename)
-        else:
-            staged.unlink()
-    sweep(folder)
+    with named_when_unwritable(folder):
+        for staged in folder.glob(".*.staged"):
+            filename = staged.name.removeprefix(".").removesuffix(".staged")
+            if filename in manifest and sha256(staged) == manifest[filename]["sha256"]:
+                os.replace(staged, folder / filename)
+            else:
+                staged.unlink()
+        sweep(folder)
 
 
 @contextlib.contextmanager
@@ -148,29 +155,25 @@ def new_file(
         StudyBusyError, DiskFullError, UnwritablePathError: nothing was changed.
     """
     with sole_writer(profile) as folder:
-        staged = staged_path(folder, filename)
-        with atomic_path(staged) as path:
-            yield path
-        manifest = read_manifest(folder)
-        manifest[filename] = _entry(profile, filename, staged) | {
-            "rows": rows,
-            "seconds": round(seconds, 1),
-            "note": note,
-            **({"costs": dict(costs)} if costs else {}),
-        }
-        manifest[filename]["inputs"] |= dict(others or {})
-        _write_manifest(folder, manifest)
-        os.replace(staged, folder / filename)
+        staged, entry = staged_path(folder, filename), {"rows": rows, "seconds": round(seconds, 1), "note": note}
+        if (folder / filename).is_dir():
+            raise UnwritablePathError(f"{folder / filename} is a folder. Move it away.")
+        try:
+            with atomic_path(staged) as path:
+                yield path
+            entry |= _origin(profile, filename, staged) | ({"costs": dict(costs)} if costs else {})
+            entry["inputs"] |= dict(others or {})
+            _write_entry(folder, filename, entry)  # from here on the new file counts, wherever it stands
+        finally:
+            _finish(folder)
 
 
-def _entry(profile: Profile, filename: str, path: pathlib.Path) -> dict[str, object]:
+def _origin(profile: Profile, filename: str, path: pathlib.Path) -> dict[str, object]:
     """Return what the manifest says of a file's origin."""
     return {
         "sha256": sha256(path),
         "command": renewal(profile, filename),
-        "inputs": _present_inputs(profile, filename),
-        "settings": settings_hash(profile, filename),
-        "code": code_version(filename),
+        **_versions(profile, filename),
         "seed": profile.seed,
         "commit": _commit(),
         "versions": {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES},
@@ -179,16 +182,29 @@ def _entry(profile: Profile, filename: str, path: pathlib.Path) -> dict[str, obj
     }
 
 
-def _write_manifest(folder: pathlib.Path, manifest: Mapping[str, dict]) -> None:
+def _versions(profile: Profile, filename: str) -> dict[str, object]:
+    """Return what decides whether a file is up to date: its inputs, the settings and the code, as they are now."""
+    names = FILES[filename].inputs if filename in FILES else ()
+    return {
+        "inputs": {name: _digest(profile, name) for name in names},
+        "settings": settings_hash(profile, filename),
+        "code": code_version(filename),
+    }
+
+
+def _digest(profile: Profile, filename: str) -> str | None:
+    """Return the SHA-256 of a file of a study that its manifest vouches for; None without one, "altered" else."""
+    try:
+        return sha256(vouched_path(study_folder(profile), filename))
+    except MissingArtefactError:
+        return None
+    except CorruptArtefactError:
+        return "altered"
+
+
+def _write_entry(folder: pathlib.Path, filename: str, entry: Mapping[str, object]) -> None:
+    manifest = read_manifest(folder) | {filename: entry}
     write_bytes(folder / MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
-
-
-def _present_inputs(profile: Profile, filename: str) -> dict[str, str]:
-    """Return file -> SHA-256 of what a file is computed from, as far as it is there."""
-    if filename not in FILES:
-        return {}
-    manifest = read_manifest(study_folder(profile))
-    return {name: manifest[name]["sha256"] for name in FILES[filename].inputs if name in manifest}
 
 
 def settings_hash(profile: Profile, filename: str) -> str:
@@ -198,33 +214,50 @@ def settings_hash(profile: Profile, filename: str) -> str:
     return hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
 
 
+@functools.cache
 def code_version(filename: str) -> str:
     """Return the hash of the code that decides a file's numbers."""
-    return code_hash(*FILES[filename].code) if filename in FILES else ""
+    return code_hash(*FILES[filename].code, neutral=NEUTRAL) if filename in FILES else ""
 
 
 def renewal(profile: Profile, filename: str) -> str:
-    """Return the command that makes a file of a study again."""
-    return f"python -m book.studies build {profile.name} {filename}"
+    """Return how to make a file of a study again: a command, or the function to call where no command knows the study."""
+    if filename not in FILES or profile.name not in profile_names():
+        builder = FILES[filename].builder.replace(":", ".") if filename in FILES else "what made it"
+        return f"call {builder} again"
+    seed = profile.seed - get_profile(profile.name).seed
+    return f"python -m book.studies build {profile.name} {filename}" + (f" --seed {seed}" if seed else "")
 
 
 def stale_because(profile: Profile, filename: str) -> list[str]:
-    """Return why a file of a study is out of date, if it is: inputs, settings or code that have changed since."""
+    """Return why a file of a study is out of date, if it is.
+
+    Files that it was made from, settings or code have changed since, or one of those files is itself out of date
+    without being published so.
+    """
     entry = read_manifest(study_folder(profile)).get(filename, {})
     if not isinstance(entry.get("inputs"), dict):
         return ["the manifest does not say what it was made from"]
-    found = []
-    for name, digest in entry["inputs"].items():
-        study, _, file = name.rpartition("/")
-        other = get_profile(study) if study else profile
-        now = read_manifest(study_folder(other)).get(file, {}).get("sha256")
-        if now != digest:
-            found.append(f"{name} {'has changed' if now else 'is gone'}")
+    found = [reason for name, digest in entry["inputs"].items() if (reason := _changed(profile, name, digest))]
     if entry.get("settings") != settings_hash(profile, filename):
         found.append("the profile has changed")
     if entry.get("code") != code_version(filename):
         found.append("the code that makes it has changed")
     return found
+
+
+def _changed(profile: Profile, name: str, digest: object) -> str:
+    """Return what happened to an input, "file" or "study/file", since it had a hash; empty if nothing did."""
+    study, _, filename = name.rpartition("/")
+    if study and study not in profile_names():
+        return f"{name} is of a study that is not registered here"
+    owner = get_profile(study) if study else profile
+    now = _digest(owner, filename)
+    if now != digest:
+        return f"{name} " + ("is gone" if now is None else "is new" if digest is None else "has changed")
+    if now and outdated(owner, filename) is None and stale_because(owner, filename):
+        return f"{name} is out of date"
+    return ""
 
 
 def checked_path(profile: Profile, filename: str) -> pathlib.Path:
@@ -254,7 +287,11 @@ def manifest_of(profile: Profile) -> dict[str, dict]:
 
 
 def has_study(profile: Profile, *filenames: str) -> bool:
-    """Return whether every named file of the study is there, unaltered and up to date."""
+    """Return whether every named file of the study is there.
+
+    Raises:
+        CorruptArtefactError, StaleArtefactError: one is there, but cannot be used; that must not pass for its absence.
+    """
     try:
         for filename in filenames:
             checked_path(profile, filename)
@@ -288,9 +325,38 @@ def read_facts(profile: Profile, filename: str) -> dict:
         length = int.from_bytes(file.read(_SAFETENSORS_LENGTH), "little")
         header = file.read(min(length, path.stat().st_size))
     try:
-        return json.loads(json.loads(header)["__metadata__"]["facts"])
-    except (ValueError, KeyError, TypeError) as error:
+        return dict(json.loads(json.loads(header)["__metadata__"]["facts"]))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptArtefactError(f"{path} is no file of a study ({error}). Restore or rebuild it.") from error
+
+
+def keep(profile: Profile, filename: str, why: str, *, although_outdated: bool = False) -> None:
+    """Let a file of a study stand after a change of code or settings that changes none of its numbers.
+
+    Args:
+        profile: the study.
+        filename: inside its folder.
+        why: how that is known; stands in the manifest.
+        although_outdated: publish the file although it is out of date; `why` tells readers what is wrong with it.
+
+    Raises:
+        MissingArtefactError, CorruptArtefactError: see :func:`checked_path`.
+        StaleArtefactError: a file that it was made from has changed, so numbers may have.
+    """
+    with sole_writer(profile) as folder:
+        vouched_path(folder, filename, f"Make it: {renewal(profile, filename)}")
+        entry, now = read_manifest(folder)[filename], _versions(profile, filename)
+        if although_outdated:
+            _write_entry(folder, filename, entry | {"outdated": why})
+            return
+        before = entry.get("inputs", {})
+        now["inputs"] = {name: digest for name, digest in before.items() if "/" in name} | now["inputs"]
+        if changed := [reason for name, digest in before.items() if (reason := _changed(profile, name, digest))]:
+            raise StaleArtefactError(
+                f"{folder / filename} was made from other files: {'; '.join(changed)}. "
+                f"Renew it: {renewal(profile, filename)}"
+            )
+        _write_entry(folder, filename, {key: entry[key] for key in entry if key != "outdated"} | now | {"kept": why})
 
 
 def seconds_of(profile: Profile, filename: str) -> float:

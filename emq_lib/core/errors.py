@@ -32,27 +32,34 @@ class UnsupportedModelError(EMQError, ValueError):
 
 
 class MissingArtefactError(EMQError, FileNotFoundError):
-    """A file of a study is absent."""
+    """A file of a study that is absent, or that no manifest vouches for: make it, or do without."""
 
 
 class CorruptArtefactError(EMQError, ValueError):
-    """A file of a study is truncated, altered or does not match its manifest."""
+    """A file that is truncated, altered, of something else, or not what its manifest describes: restore or remove it."""
 
 
 class StaleArtefactError(EMQError, ValueError):
-    """A file of a study that was made from other files, or by other code, than those there now."""
+    """A file of a study that was made from other files, settings or code than those there now: make it again.
+
+    It is there, so it is no :class:`MissingArtefactError`: whoever can do without a file cannot do with a wrong one.
+    """
 
 
 class UnwritablePathError(EMQError, OSError):
-    """A place where nothing can be written."""
+    """A place where nothing can be written: a folder, one without permission, a name too long."""
 
 
 class DiskFullError(EMQError, OSError):
-    """No room for a file that is being written."""
+    """No room for a file that is being written, on the disk or in a quota; what was there before is untouched."""
 
 
 class StudyBusyError(EMQError, RuntimeError):
-    """Two runs that want to write the same study at once."""
+    """Two runs, threads or workers that want to write the same study at once."""
+
+
+class WorkerLostError(EMQError, RuntimeError):
+    """A process that shared the work of a study and was ended from outside."""
 
 
 class InvalidBitsError(EMQError, ValueError):

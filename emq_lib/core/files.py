@@ -5,75 +5,119 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import glob
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
-from emq_lib.core.errors import CorruptArtefactError, DiskFullError, MissingArtefactError, UnwritablePathError
+from emq_lib.core.errors import (
+    CorruptArtefactError,
+    DiskFullError,
+    EMQError,
+    MissingArtefactError,
+    UnwritablePathError,
+)
 
 MANIFEST = "manifest.json"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LOOKS = 5  # at a file and its entry, while somebody replaces both
+_RENEW = "Restore it, or make it again."
+_RENEW_MANIFEST = "Restore it; without it nothing vouches for the files beside it, and they are made again."
+_HUGE = 1e15
+_CLOCK = 2.0  # seconds by which the clocks of the system and of a disk may differ
+_ENTRY = {  # what an entry of a manifest may hold, as far as it is read
+    "sha256": lambda value: isinstance(value, str),
+    "rows": lambda value: value is None or _is_number(value),
+    "seconds": lambda value: _is_number(value),
+    "seed": lambda value: isinstance(value, int),
+    "device": lambda value: isinstance(value, str),
+    "note": lambda value: isinstance(value, str),
+    "costs": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+    "inputs": lambda value: isinstance(value, dict),
+    "outdated": lambda value: isinstance(value, str),
+}
 
 
 @contextlib.contextmanager
 def atomic_path(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yield a temporary path beside `path` that replaces it on success; on an error `path` stays as it was.
 
-    What killed runs left beside `path` is removed.
+    What killed runs left beside `path` is removed. Errors of other files inside the block pass through.
 
     Raises:
         DiskFullError: there is no room.
         UnwritablePathError: the place cannot be written: a folder, no permission, a name too long.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with named_when_unwritable(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        sweep(path.parent, f".{glob_escape(path.name)}.*.tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent, f".{glob.escape(path.name)}.*.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with named_when_unwritable(path):
+        with named_when_unwritable(path, temporary):
             yield temporary
+        with named_when_unwritable(path):
+            _flush(temporary)
             os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def glob_escape(name: str) -> str:
-    """Return a file name as a pattern that matches it alone."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+def _flush(path: pathlib.Path) -> None:
+    """Wait until a file is on the disk.
+
+    Without it a power cut may leave the new name with nothing behind it, and some disks say only here that they are
+    full. The order of renames is kept by the file system, so the folder needs no such wait.
+    """
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
 
 
 def sweep(folder: pathlib.Path, pattern: str = ".*.tmp") -> None:
     """Remove temporary files that no running process writes."""
     for path in folder.glob(pattern):
         owner = path.name.removesuffix(".tmp").rpartition(".")[2]
-        if not (owner.isdigit() and _runs(int(owner))):
+        if not (owner.isdigit() and _may_write(int(owner), path)):
             path.unlink(missing_ok=True)
 
 
-def _runs(process: int) -> bool:
-    """Return whether a process is running that may be the writer of a temporary file."""
+def _may_write(process: int, path: pathlib.Path) -> bool:
+    """Return whether the process that wrote a file may still be running; another one may have got its number."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:
+    except (OSError, OverflowError):
         return True
-    return True
+    try:
+        return _started(process) <= path.stat().st_mtime + _CLOCK
+    except (OSError, ValueError, IndexError):  # no /proc here, or the file is gone
+        return True
+
+
+def _started(process: int) -> float:
+    """Return when a process started, in seconds since 1970, as Linux tells it."""
+    proc = pathlib.Path("/proc")
+    ticks = int((proc / str(process) / "stat").read_text().rpartition(")")[2].split()[19])
+    boot = next(line for line in (proc / "stat").read_text().splitlines() if line.startswith("btime "))
+    return int(boot.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager
-def named_when_unwritable(path: pathlib.Path) -> Iterator[None]:
+def named_when_unwritable(path: pathlib.Path, written: pathlib.Path | None = None) -> Iterator[None]:
     """Name the error of a disk (or a quota) without room, or of a place that cannot be written, inside the block.
 
-    Errors of other places pass through.
+    Args:
+        path: what to name.
+        written: the only file whose errors are meant, where the block may read and write others; those pass through.
 
     Raises:
         DiskFullError: there is no room.
@@ -81,13 +125,16 @@ def named_when_unwritable(path: pathlib.Path) -> Iterator[None]:
     """
     try:
         yield
-    except (DiskFullError, UnwritablePathError, MissingArtefactError):
+    except EMQError:
         raise
     except OSError as error:
         if error.errno in _NO_ROOM:
             raise DiskFullError(
-                f"No room to write {path} ({error.strerror}). What was finished is kept: free some and call again."
+                f"No room to write {error.filename or path} ({error.strerror}). What was finished is kept: free some "
+                "and call again."
             ) from error
+        if written is not None and error.filename != str(written) and error.errno != errno.EIO:
+            raise
         raise UnwritablePathError(
             f"{path} cannot be written ({error.strerror or error}). Give another path, or permission to write there."
         ) from error
@@ -121,36 +168,48 @@ def read_manifest(folder: pathlib.Path) -> dict[str, dict]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CorruptArtefactError(f"{path} is not valid JSON ({error}). Restore or rebuild it.") from error
-    entries = found.values() if isinstance(found, dict) else [None]
-    if not all(isinstance(entry, dict) and isinstance(entry.get("sha256"), str) for entry in entries):
-        raise CorruptArtefactError(f"{path} is no manifest: it needs a SHA-256 for each file. Restore or rebuild it.")
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CorruptArtefactError(f"{path} is not valid JSON ({error}). {_RENEW_MANIFEST}") from error
+    if not isinstance(found, dict):
+        raise CorruptArtefactError(f"{path} is no manifest, which maps names of files to entries. {_RENEW_MANIFEST}")
+    for filename, entry in found.items():
+        if not isinstance(entry, dict) or "sha256" not in entry:
+            raise CorruptArtefactError(f"{path} gives no SHA-256 for {filename!r}. {_RENEW_MANIFEST}")
+        if wrong := [key for key, allowed in _ENTRY.items() if key in entry and not allowed(entry[key])]:
+            raise CorruptArtefactError(f"{path} has an impossible {wrong[0]} for {filename!r}. {_RENEW_MANIFEST}")
     return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and -_HUGE < value < _HUGE
 
 
 def vouched_path(folder: pathlib.Path, filename: str, remedy: str = "Restore it, or make it again.") -> pathlib.Path:
     """Return the path of a file after comparing it with the manifest of its folder.
 
     A file is staged, entered into the manifest, and then put in its place: if that was interrupted after the second
-    step, the staged file is the one that the manifest vouches for, and its path is returned.
+    step, the staged file is the one that the manifest vouches for, and its path is returned. Nothing is written.
 
     Raises:
         MissingArtefactError: the file or its manifest entry is absent.
         CorruptArtefactError: the file is not the one that the manifest describes.
     """
     path, entry = folder / filename, read_manifest(folder).get(filename)
-    staged = staged_path(folder, filename)
-    if entry is not None and staged.is_file() and sha256(staged) == entry["sha256"]:
-        return staged
+    for _ in range(_LOOKS):
+        if entry is not None:
+            for place in (path, staged_path(folder, filename)):
+                with contextlib.suppress(OSError):  # gone since, or no file
+                    if sha256(place) == entry["sha256"]:
+                        return place
+        before, entry = entry, read_manifest(folder).get(filename)
+        if entry == before:
+            break
     if not path.is_file():
         raise MissingArtefactError(f"{path} does not exist. {remedy}")
     if entry is None:
         raise MissingArtefactError(f"{path} is not listed in {MANIFEST}, so nothing vouches for it. {remedy}")
-    if sha256(path) != entry["sha256"]:
-        raise CorruptArtefactError(f"{path} does not match the SHA-256 in {MANIFEST}: truncated or altered. {remedy}")
-    return path
+    raise CorruptArtefactError(f"{path} does not match the SHA-256 in {MANIFEST}: truncated or altered. {remedy}")
 
 
 def staged_path(folder: pathlib.Path, filename: str) -> pathlib.Path:
@@ -158,31 +217,51 @@ def staged_path(folder: pathlib.Path, filename: str) -> pathlib.Path:
     return folder / f".{filename}.staged"
 
 
-def read_table(path: pathlib.Path, columns: Mapping[str, object], **options: object) -> pd.DataFrame:
+def read_table(
+    path: pathlib.Path, columns: Mapping[str, type | None], *, unique: Sequence[str] = (), **options: object
+) -> pd.DataFrame:
     """Read a CSV or parquet table and check that it has what is needed.
 
     Args:
         path: the file.
-        columns: name -> type that a column is read as (CSV only), or None.
+        columns: name -> what each of its cells holds: a finite number (float), a whole one (int), text (str), a truth
+            value (bool), or anything (None).
+        unique: columns that no two rows share.
         options: of the reader.
 
     Raises:
-        CorruptArtefactError: it is empty, no such table, or lacks a column.
+        CorruptArtefactError: it is empty, no such table, lacks a column, or holds what a column cannot hold.
     """
+    types = {name: kind for name, kind in columns.items() if kind is not None}
     try:
         if path.name.removesuffix(".staged").endswith(".parquet"):
             table = pd.read_parquet(path, **options)
         else:
-            types = {name: kind for name, kind in columns.items() if kind is not None}
             table = pd.read_csv(path, dtype=types, **options)
-    except (OSError, ValueError) as error:  # of pandas and of pyarrow, all of which are ValueErrors
-        raise CorruptArtefactError(f"{path} is not a table ({error}). Restore or rebuild it.") from error
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, pa.ArrowException) as error:
+        raise CorruptArtefactError(f"{path} is not a table ({error}). {_RENEW}") from error
     if absent := sorted(set(columns) - set(table.columns)):
-        raise CorruptArtefactError(f"{path} lacks the columns {absent}. Restore or rebuild it.")
+        raise CorruptArtefactError(f"{path} lacks the columns {absent}. {_RENEW}")
+    odd = [name for name, kind in types.items() if not _holds(table[name], kind)]
+    if odd or table.empty or not isinstance(table.index, pd.RangeIndex):
+        raise CorruptArtefactError(f"{path} has no rows, or cells that cannot be, in {odd or 'some columns'}. {_RENEW}")
+    if unique and table.duplicated(list(unique)).any():
+        raise CorruptArtefactError(f"{path} has rows twice: the same {', '.join(unique)}. {_RENEW}")
     return table
+
+
+def _holds(column: pd.Series, kind: type) -> bool:
+    """Return whether every cell of a column is of a kind."""
+    if kind is str:
+        return bool(column.map(lambda cell: isinstance(cell, str)).all())
+    numbers = pd.to_numeric(column, errors="coerce").astype(float)
+    return bool(np.isfinite(numbers).all() and (kind is float or (numbers == numbers.round()).all()))
 
 
 def to_json(value: object) -> str:
     """Return compact JSON text of numbers, texts, tuples and dictionaries, NumPy scalars included, keys in order."""
-    default: Callable = lambda item: item.item() if isinstance(item, np.generic) else list(item)  # noqa: E731
-    return json.dumps(value, sort_keys=True, default=default)
+    return json.dumps(value, sort_keys=True, default=_plain)
+
+
+def _plain(item: object) -> object:
+    return item.item() if isinstance(item, np.generic) else list(item)

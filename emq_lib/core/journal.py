@@ -12,7 +12,10 @@ from emq_lib.core.files import named_when_unwritable, to_json
 
 
 class Journal:
-    """A file that only grows, by whole lines; what a crash or a full disk cut off is taken back.
+    """A file that only grows, by whole lines; what a crash or a full disk cut off is overwritten by the next line.
+
+    Opening one writes nothing, so that it can be read while a run appends. Lines are not forced onto the disk: a power
+    cut costs the last ones, which are computed again.
 
     Args:
         path: the file, which may exist.
@@ -28,15 +31,13 @@ class Journal:
     def __init__(self, path: pathlib.Path, identity: Mapping[str, object]) -> None:
         self.path, self.lines = path, []
         self._head = to_json({"journal": identity})
-        if not path.exists():
-            return
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
+        content = b""
+        if path.exists():
             with named_when_unwritable(path):
-                os.truncate(path, whole)
-        head, *lines = content[:whole].split(b"\n")[:-1] or [b""]
-        if whole and head != self._head.encode():
+                content = path.read_bytes()
+        self._size = content.rfind(b"\n") + 1  # of whole lines
+        head, *lines = content[: self._size].split(b"\n")[:-1] or [b""]
+        if self._size and head != self._head.encode():
             raise CorruptArtefactError(
                 f"{path} is of another run, of other files, or of another version of the code: it begins with "
                 f"{head[:200].decode(errors='replace')!r}. Delete it to start afresh."
@@ -53,22 +54,24 @@ class Journal:
         """
         with named_when_unwritable(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
-                before = file.seek(0, os.SEEK_END)
-                text = to_json(line) + "\n" if before else f"{self._head}\n{to_json(line)}\n"
-                try:
+            self._size = min(self._size, self.path.stat().st_size) if self.path.exists() else 0
+            text = f"{to_json(line)}\n" if self._size else f"{self._head}\n{to_json(line)}\n"
+            try:
+                with self.path.open("ab") as file:
+                    file.truncate(self._size)
                     file.write(text.encode())
-                    file.flush()
-                except OSError:
-                    os.truncate(self.path, before)
-                    raise
+            except OSError:
+                if self.path.is_file():
+                    os.truncate(self.path, self._size)
+                raise
+            self._size += len(text.encode())
         self.lines.append(dict(line))
 
 
 def _parsed(line: bytes, path: pathlib.Path, number: int) -> dict:
     try:
         found = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise CorruptArtefactError(f"{path}, line {number}, was written by no run. Delete the file to start afresh.")

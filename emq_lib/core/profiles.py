@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from emq_lib.core.errors import InvalidBitsError, InvalidParameterError, UnknownProfileError
 
+if TYPE_CHECKING:
+    import torch
+
 QUANTIZERS = ("rtn", "adaround")
-PRINTED = "cifar10-resnet20"  # the study that the text of the book speaks of
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,8 @@ class Profile:
 
     def generator(self, stage: str) -> torch.Generator:
         """Return the same stream as a torch generator on the CPU."""
+        import torch  # what only reads tables needs none
+
         return torch.Generator().manual_seed(self.seed_of(stage))
 
     def seed_of(self, stage: str) -> int:
