@@ -82,8 +82,8 @@ class Inputs:
         return Inputs(self.tensor[index])
 
     def inputs(self) -> torch.Tensor:
-        """Return the tensor."""
-        return self.tensor
+        """Return a copy, which a network that normalizes its input in place may overwrite."""
+        return self.tensor.clone()
 
 
 @dataclass(frozen=True)

@@ -2,24 +2,49 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pandas as pd
 import torch
 from torch import nn
-from torch.fx.experimental.optimization import fuse
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from emq_lib.core.errors import UnsupportedModelError
+from emq_lib.core.tracing import trace
 
 
 def fold_batchnorm(model: nn.Module) -> torch.fx.GraphModule:
     """Return a traced copy in evaluation mode whose convolutions carry the batch norms' scale and shift.
 
     The folded network computes the same function; its layers keep their names. Folding multiplies each output channel
-    of a weight by a constant, so per-channel quantization is unaffected by it.
+    of a weight by a constant, so per-channel quantization is unaffected by it. No operation of the folded network
+    writes into a tensor that another one made: see :func:`emq_lib.core.tracing.trace`.
+
+    Args:
+        model: network of one tensor; it stays as it is.
+
+    Raises:
+        UnsupportedModelError: the network cannot be traced, or not without in-place operations.
     """
-    return fuse(model.eval())
+    traced = trace(model)
+    graph, modules = traced.graph, dict(traced.named_modules())
+    read = {node.target.rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+    calls = collections.Counter(node.target for node in graph.nodes if node.op == "call_module")
+    for node in list(graph.nodes):
+        if node.op != "call_module" or type(norm := modules[node.target]) is not nn.BatchNorm2d:
+            continue
+        before = node.args[0]
+        if before.op != "call_module" or type(layer := modules[before.target]) is not nn.Conv2d:
+            continue
+        if len(before.users) > 1 or calls[before.target] > 1 or before.target in read or not norm.track_running_stats:
+            continue
+        modules[before.target] = fuse_conv_bn_eval(layer, norm)
+        traced.set_submodule(before.target, modules[before.target])
+        node.replace_all_uses_with(before)
+        graph.erase_node(node)
+    return torch.fx.GraphModule(traced, graph)
 
 
 def describe_layers(
@@ -56,12 +81,15 @@ def describe_layers(
         for name, module in model.named_modules()
         if isinstance(module, (nn.Conv2d, nn.Linear))
     ]
+    training = [module for module in model.modules() if module.training]
     try:
         with torch.inference_mode():
-            model.eval()(example)
+            model.eval()(example.clone())
     finally:
         for handle in handles:
             handle.remove()
+        for module in training:
+            module.training = True
     names = [name for name, _, _ in calls]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:

@@ -44,7 +44,6 @@ class QuantizedLayer(nn.Module):
         self._products = {bits: _product(layer, weight, activation_range) for bits, weight in weights.items()}
         self._scales = {bits: (activation_range.scale * w.scale).view(self._channel) for bits, w in weights.items()}
         self.bits = next(iter(weights))
-        self.owns_input = False
 
     @property
     def weight(self) -> QuantizedWeight:
@@ -61,9 +60,14 @@ class QuantizedLayer(nn.Module):
         layer.weight = nn.Parameter(self.weight.dequantize(), requires_grad=False)
         return layer
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the layer's float32 output of a float32 input, in the float layer's shapes."""
-        total = self._products[self.bits](self.activation_range.integers(x, in_place=self.owns_input))
+    def forward(self, x: torch.Tensor, in_place: bool = False) -> torch.Tensor:
+        """Return the layer's float32 output of a float32 input, in the float layer's shapes.
+
+        Args:
+            x: the input, as the float layer takes it.
+            in_place: whether its memory may be overwritten.
+        """
+        total = self._products[self.bits](self.activation_range.integers(x, in_place=in_place))
         return total.mul_(self._scales[self.bits]).add_(self.bias)
 
 
@@ -166,7 +170,12 @@ class QuantizedNetwork(nn.Module):
 
 
 def _spare_memory(piece: torch.fx.GraphModule) -> None:
-    """Rewrite a piece of a quantized network as :attr:`QuantizedNetwork.pieces` says."""
+    """Rewrite a piece of a quantized network as :attr:`QuantizedNetwork.pieces` says.
+
+    Only what an operation of the piece itself made, and one other reads, is overwritten: neither the piece's input,
+    nor its output, nor a part of the network. The piece has no other in-place operation, see
+    :func:`emq_lib.core.tracing.trace`.
+    """
 
     def layer(node: torch.fx.Node) -> QuantizedLayer | None:
         module = piece.get_submodule(node.target) if node.op == "call_module" else None
@@ -176,16 +185,14 @@ def _spare_memory(piece: torch.fx.GraphModule) -> None:
         """Say whether a node makes a new tensor that one other node reads."""
         if not isinstance(node, torch.fx.Node) or len(node.users) != 1:
             return False
-        if ceiling(node) is not None:  # it may work in place
-            return disposable(node.args[0])
-        return layer(node) is not None or node.target in (operator.add, operator.iadd)
+        return layer(node) is not None or ceiling(node) is not None or node.target in (operator.add, _add_into)
 
     def ceiling(node: torch.fx.Node) -> float | None:
         """Return the largest output of a ReLU (infinity) or ReLU6 (6), or None if the node is neither."""
         module = piece.get_submodule(node.target) if node.op == "call_module" else None
-        if isinstance(module, nn.ReLU) or node.target in (F.relu, F.relu_):
+        if isinstance(module, nn.ReLU) or node.target is F.relu:
             return float("inf")
-        return 6.0 if isinstance(module, nn.ReLU6) else None
+        return 6.0 if isinstance(module, nn.ReLU6) or node.target is F.relu6 else None
 
     def repeats(reader: QuantizedLayer | None, top: float) -> bool:
         """Say whether a layer rounds what lies outside 0 to `top` to its lowest and highest codes."""
@@ -198,13 +205,22 @@ def _spare_memory(piece: torch.fx.GraphModule) -> None:
         if node.target is operator.add:
             first = next((index for index, term in enumerate(node.args) if disposable(term)), None)
             if first is not None:
-                node.target, node.args = operator.iadd, (node.args[first], node.args[1 - first])
+                node.target, node.args = _add_into, (node.args[first], node.args[1 - first])
         elif (top := ceiling(node)) is not None:
             if all(repeats(layer(user), top) for user in node.users):
                 node.replace_all_uses_with(node.args[0])
                 piece.graph.erase_node(node)
-            elif disposable(node.args[0]) and top == float("inf"):
-                node.op, node.target, node.kwargs = "call_function", F.relu_, {}
-        if layer(node) is not None:
-            layer(node).owns_input = disposable(node.args[0])
+            elif disposable(node.args[0]):
+                node.op, node.target = "call_function", F.relu6 if top == 6.0 else F.relu
+                node.kwargs = {"inplace": True}
+        elif layer(node) is not None and disposable(node.args[0]):
+            node.kwargs = {"in_place": True}
     piece.recompile()
+
+
+def _add_into(total: torch.Tensor, term: torch.Tensor | float) -> torch.Tensor:
+    """Return a sum, in the memory of its first term where it fits."""
+    alike = isinstance(total, torch.Tensor) and isinstance(term, torch.Tensor) and term.dtype == total.dtype
+    if alike and torch.broadcast_shapes(total.shape, term.shape) == total.shape:
+        return total.add_(term)
+    return total + term
