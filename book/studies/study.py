@@ -330,13 +330,21 @@ def read_facts(profile: Profile, filename: str) -> dict:
         raise CorruptArtefactError(f"{path} is no file of a study ({error}). Restore or rebuild it.") from error
 
 
-def keep(profile: Profile, filename: str, why: str, *, although_outdated: bool = False) -> None:
+def keep(
+    profile: Profile,
+    filename: str,
+    why: str,
+    *,
+    others: Mapping[str, str] | None = None,
+    although_outdated: bool = False,
+) -> None:
     """Let a file of a study stand after a change of code or settings that changes none of its numbers.
 
     Args:
         profile: the study.
         filename: inside its folder.
         why: how that is known; stands in the manifest.
+        others: as of :func:`new_file`, for an entry that does not say it.
         although_outdated: publish the file although it is out of date; `why` tells readers what is wrong with it.
 
     Raises:
@@ -350,7 +358,7 @@ def keep(profile: Profile, filename: str, why: str, *, although_outdated: bool =
             _write_entry(folder, filename, entry | {"outdated": why})
             return
         before = entry.get("inputs", {})
-        now["inputs"] = {name: digest for name, digest in before.items() if "/" in name} | now["inputs"]
+        now["inputs"] |= {name: digest for name, digest in before.items() if "/" in name} or dict(others or {})
         if changed := [reason for name, digest in before.items() if (reason := _changed(profile, name, digest))]:
             raise StaleArtefactError(
                 f"{folder / filename} was made from other files: {'; '.join(changed)}. "

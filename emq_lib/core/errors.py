@@ -36,7 +36,7 @@ class MissingArtefactError(EMQError, FileNotFoundError):
 
 
 class CorruptArtefactError(EMQError, ValueError):
-    """A file that is truncated, altered, of something else, or not what its manifest describes: restore or remove it."""
+    """A file that is truncated, altered, of something else, or not as its manifest says: restore or remove it."""
 
 
 class StaleArtefactError(EMQError, ValueError):
