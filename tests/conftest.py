@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 
@@ -21,7 +22,10 @@ from emq_lib.core.profiles import get_profile
 
 @pytest.fixture(scope="session")
 def profile():
-    return get_profile("digits-resnet8")
+    """Return the digits study with a short training and a small bench: what most tests need, in seconds."""
+    whole = get_profile("digits-resnet8")
+    short = dataclasses.replace(whole.training, epochs=5)
+    return dataclasses.replace(whole, training=short, bench_configs=70, stratified_configs=20)
 
 
 @pytest.fixture(scope="session")

@@ -17,9 +17,9 @@ from scipy import stats
 from book.places import REPOSITORY
 from book.studies import bench
 from book.studies.bench import load_bench
-from book.studies.networks import build_network, load_checkpoint, load_folded
+from book.studies.networks import build_network, fresh_model, layer_table, load_checkpoint, load_folded
 from book.studies.rows import row_keys
-from book.studies.study import manifest_of, study_folder
+from book.studies.study import has_study, manifest_of, new_file, study_folder
 from emq_lib.bench import engine as engine_module
 from emq_lib.bench import remote, sampling
 from emq_lib.bench.engine import MEMORY, _blocks, _CapturedEngine, measure, planned_macs
@@ -191,13 +191,13 @@ def _count_measured(monkeypatch):
 
 def test_a_bench_of_other_rows_is_extended(own_study, profile, data, monkeypatch):
     whole = load_bench(profile).table
-    fewer = dataclasses.replace(profile, bench_configs=200, stratified_configs=40)
+    fewer = dataclasses.replace(profile, bench_configs=50, stratified_configs=10)
     bench.build_bench(fewer, data)
     assert len(load_bench(fewer)) < len(whole)
     seen = _count_measured(monkeypatch)
     bench.build_bench(profile, data)
     pd.testing.assert_frame_equal(load_bench(profile).table, whole)
-    assert 0 < sum(seen) <= len(whole) - 200  # what the smaller bench holds is not measured again
+    assert 0 < sum(seen) <= len(whole) - 50  # what the smaller bench holds is not measured again
 
 
 def test_another_checkpoint_shares_no_row(own_study, profile, data):
@@ -208,8 +208,8 @@ def test_another_checkpoint_shares_no_row(own_study, profile, data):
     other = dataclasses.replace(data, calibration=data.train[-len(data.calibration) :])
     assert before != row_keys(profile, other, len(split), configs)
     assert before != row_keys(dataclasses.replace(profile, activation_bits=4), data, len(split), configs)
-    with (own_study / "model.safetensors").open("ab") as file:
-        file.write(b" ")
+    with new_file(profile, "model.safetensors", seconds=0.0) as path:
+        path.write_bytes((own_study / "model.safetensors").read_bytes() + b" ")
     assert before != row_keys(profile, data, len(split), configs)
 
 
@@ -312,7 +312,8 @@ def test_filtering_sampling_and_the_best_under_a_budget(study, profile):
 
 
 def test_every_slot_has_one_name_whatever_shares_its_width():
-    layers = bench.load_layers(get_profile("cifar10-resnet18"))
+    profile = get_profile("cifar10-resnet18")
+    layers = layer_table(fold_batchnorm(fresh_model(profile).eval()), profile)
     names = slot_names(layers)
     assert len(names) == 18  # the paper's
     assert "layer2.0.conv2" in names
@@ -337,27 +338,25 @@ def test_query_finds_rows_and_names_bad_configurations(study, profile):
         measured.select("latin")
 
 
-def test_halves_are_disjoint_complete_and_repeatable(study, profile):
+def test_halves_are_disjoint_and_complete(study, profile):
     measured = load_bench(profile)
     search, heldout = measured.split()
-    again, _ = measured.split()
-    other, _ = measured.split(rng=np.random.default_rng(5))
     ids, held = set(search.table["config_id"]), set(heldout.table["config_id"])
     assert not ids & held
     assert ids | held == set(measured.select("random").table["config_id"])
-    assert ids == set(again.table["config_id"]) != set(other.table["config_id"])
+    assert min(len(ids), len(held)) >= 30
 
 
 def test_missing_truncated_and_altered_benches_are_named(own_study, profile):
     path = own_study / "bench.parquet"
     content = path.read_bytes()
     path.write_bytes(content[:-100])
-    with pytest.raises(CorruptArtefactError, match=r"SHA-256.*REBUILD=True"):
+    with pytest.raises(CorruptArtefactError, match=r"SHA-256.*build digits-resnet8 bench.parquet"):
         load_bench(profile)
     manifest = manifest_of(profile)
     manifest["bench.parquet"]["sha256"] = sha256(path)
     (own_study / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CorruptArtefactError, match="is not a parquet file"):
+    with pytest.raises(CorruptArtefactError, match="is not a table"):
         load_bench(profile)
     (own_study / "manifest.json").write_text("{")
     with pytest.raises(CorruptArtefactError, match="not valid JSON"):
@@ -401,11 +400,12 @@ def test_published_rows_are_measured_again_on_the_real_images(cifar10, monkeypat
 
 
 def test_a_profile_without_a_study_has_none(study, profile):
-    assert bench.has_study(profile, "bench.parquet", "layers.csv")
-    assert not bench.has_study(dataclasses.replace(profile, name="nobody"), "bench.parquet")
+    assert has_study(profile, "bench.parquet", "layers.csv")
+    assert not has_study(dataclasses.replace(profile, name="nobody"), "bench.parquet")
 
 
 def test_names_that_look_like_numbers_stay_names(own_study, profile):
     names = [f"{index}.0" for index in range(8)]
-    bench.write_layers(profile, bench.load_layers(profile).assign(name=names))
+    with new_file(profile, "layers.csv", seconds=0.0) as path:
+        bench.load_layers(profile).assign(name=names).to_csv(path, index=False)
     assert list(bench.load_layers(profile)["name"]) == names

@@ -1,7 +1,6 @@
 """Long measurements: killed and resumed, on two processes, on a full disk, and two at once."""
 
 import dataclasses
-import inspect
 import os
 import resource
 import signal
@@ -15,17 +14,21 @@ import pytest
 from book.places import REPOSITORY
 from book.studies import bench
 from book.studies.bench import load_bench
-from book.studies.rows import PARTIAL, PartialRows, code_version
+from book.studies.rows import PARTIAL, PartialRows
 from emq_lib.core.errors import DiskFullError, StudyBusyError
 from emq_lib.core.files import atomic_path, sha256
 
 RUN = """
     import dataclasses
-    from emq_lib import bench, measuring
-    from emq_lib.datasets import load_dataset
-    from emq_lib.profiles import get_profile
-    measuring.BLOCK = 4
-    profile = dataclasses.replace(get_profile("digits-resnet8"), bench_configs=60, stratified_configs=30)
+    from book.studies import bench
+    from book.studies.images import load_dataset
+    from emq_lib.bench import engine
+    from emq_lib.core.profiles import get_profile
+    engine.BLOCK = 4
+    profile = get_profile("digits-resnet8")
+    profile = dataclasses.replace(
+        profile, training=dataclasses.replace(profile.training, epochs=5), bench_configs=60, stratified_configs=30
+    )
     bench.build_bench(profile, load_dataset(profile), scheduler={scheduler!r})
 """
 
@@ -128,14 +131,3 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path, small_disk):
         temporary.write_text("x" * 10_000)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_the_code_version_ignores_comments_and_docstrings(monkeypatch):
-    source = {"text": 'def f(x):\n    """Doc."""\n    return x  # comment\n'}
-    monkeypatch.setattr(inspect, "getsource", lambda part: source["text"])
-    first = code_version.__wrapped__("rtn")
-    source["text"] = "def f(x):\n    return x\n"
-    assert code_version.__wrapped__("rtn") == first
-    assert code_version.__wrapped__("adaround") != first  # its own code counts too
-    source["text"] = "def f(x):\n    return x + 1\n"
-    assert code_version.__wrapped__("rtn") != first
