@@ -23,7 +23,8 @@ from emq_lib.core.files import read_table, to_json
 from emq_lib.core.graphs import fold_batchnorm
 from emq_lib.core.profiles import Profile
 from emq_lib.proxies.handmade import PROXIES, score_table
-from emq_lib.proxies.layer_statistics import LayerStatistics, assemble_statistics, measure_statistics
+from emq_lib.proxies.layer_statistics import LayerStatistics, assemble_statistics
+from emq_lib.proxies.measuring import measure_statistics
 from emq_lib.proxies.released import ReleasedStatistics, measure_released
 from emq_lib.proxies.scores import score
 
@@ -62,7 +63,7 @@ def load_statistics(profile: Profile) -> LayerStatistics:
     costs = manifest_of(profile)[STATISTICS].get("costs", {})
     try:
         return assemble_statistics(model, layer_table(model, profile), load(path.read_bytes()), profile.choices, costs)
-    except (SafetensorError, KeyError, OSError) as error:
+    except (SafetensorError, CorruptArtefactError, OSError) as error:
         raise CorruptArtefactError(f"{path} does not hold the statistics ({error}). Restore or rebuild it.") from error
 
 

@@ -9,103 +9,32 @@ one backward pass per class and image gives the rows J' s_k, and everything abou
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.sparse.linalg import LinearOperator, eigsh, svds
 from torch import nn
 
 from emq_lib.core.datasets import Split
-from emq_lib.core.errors import InvalidParameterError, UnsupportedModelError
+from emq_lib.core.errors import UnsupportedModelError
 from emq_lib.core.graphs import is_piecewise_linear
+from emq_lib.proxies.checks import whole_number
+from emq_lib.proxies.gradients import (
+    batches,
+    cross_entropy_seed,
+    logits_of,
+    loss_gradients,
+    named_layers,
+    per_image_gradients,
+    trainable_weights,
+)
 
 COMBINATIONS = 2  # of the classes at random: a fifth of the time of ten classes, a tenth more standard error
 PROBES = 8
 MOST_CLASSES = 100  # whose rows J' s_k are worth holding
 ROW_BYTES = 2 * 2**30  # rows J' s_k that are held at a time
-
-
-def per_image_gradients(
-    model: nn.Module,
-    names: Sequence[str],
-    inputs: torch.Tensor,
-    seeds: Callable[[torch.Tensor], Sequence[torch.Tensor]],
-) -> Iterator[list[torch.Tensor]]:
-    """Yield, per seed, each named layer's weight gradient for every single image.
-
-    One forward pass serves all seeds. A layer's gradient for one image is the product of the gradient at its output
-    with the input that each output position sees, so that a batched matrix product gives those of all images.
-
-    Args:
-        model: the network.
-        names: layers, convolutions or linear.
-        inputs: shape (N, C, H, W).
-        seeds: logits (N, classes) -> gradients at the logits, each (N, classes).
-
-    Yields:
-        one tensor (N, C_out, K) per layer.
-
-    Raises:
-        UnsupportedModelError: the output does not depend on a layer; the message names it.
-    """
-    with layer_outputs(model, names) as seen:
-        logits = model(inputs)
-    seen_by = {name: _patches(model.get_submodule(name), seen[name][0]) for name in names}
-    outputs = [seen[name][1] for name in names]
-    for seed in seeds(logits.detach()):
-        gradients = torch.autograd.grad(logits, outputs, grad_outputs=seed, retain_graph=True, allow_unused=True)
-        if None in gradients:
-            raise UnsupportedModelError(f"The output does not depend on layer {names[gradients.index(None)]!r}.")
-        yield [
-            _grouped(model.get_submodule(name), gradient).matmul(seen_by[name]).flatten(1, 2)
-            for name, gradient in zip(names, gradients, strict=True)
-        ]
-
-
-@contextlib.contextmanager
-def layer_outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """Collect (input, output) of each named layer in the passes within the block; the outputs can be differentiated."""
-    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def keep(name: str) -> Callable:
-        def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-            if torch.is_grad_enabled() and not output.requires_grad:
-                output = output.detach().requires_grad_()
-            seen[name] = inputs[0].detach(), output
-            return output
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _patches(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Return what each output position sees, shape (N, G, positions, K)."""
-    if isinstance(module, nn.Linear):
-        return x.reshape(len(x), 1, -1, x.shape[-1])
-    unfolded = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
-    return unfolded.unflatten(1, (module.groups, -1)).transpose(2, 3)
-
-
-def _grouped(module: nn.Module, gradient: torch.Tensor) -> torch.Tensor:
-    """Return the gradient at a layer's output, shape (N, G, C_out / G, positions)."""
-    if isinstance(module, nn.Linear):
-        return gradient.reshape(len(gradient), 1, -1, gradient.shape[-1]).transpose(2, 3)
-    return gradient.flatten(2).unflatten(1, (module.groups, -1))
-
-
-def cross_entropy_seed(labels: torch.Tensor, logits: torch.Tensor) -> list[torch.Tensor]:
-    """Return the gradient of the summed cross-entropy at the logits, shape (N, classes)."""
-    return [logits.softmax(dim=1) - F.one_hot(labels, logits.shape[1])]
 
 
 def gradient_moments(
@@ -116,16 +45,22 @@ def gradient_moments(
     The mean is G; the mean square is the diagonal of the empirical Fisher matrix, H = (1/N) sum_n (dl_n/dW)^2, with the
     true labels.
 
+    Args:
+        model: the network.
+        names: L layers.
+        split: N images and labels.
+        batch_size: images per forward pass.
+
     Returns:
-        two lists of tensors (C_out, K).
+        two lists of L tensors (C_out, K).
 
     Raises:
-        UnsupportedModelError: the output does not depend on a layer.
+        InvalidParameterError: no images, a batch size below one, or a label that is none of the classes.
+        UnsupportedModelError: see :func:`~emq_lib.proxies.gradients.per_image_gradients`.
     """
     first: list = [0.0] * len(names)
     second: list = [0.0] * len(names)
-    for start in range(0, len(split), batch_size):
-        batch = split[start : start + batch_size]
+    for batch in batches(split, batch_size):
         seeds = functools.partial(cross_entropy_seed, batch.labels)
         for gradients in per_image_gradients(model, names, batch.inputs(), seeds):
             first = [total + g.sum(dim=0) / len(split) for total, g in zip(first, gradients, strict=True)]
@@ -138,8 +73,8 @@ def hessian_traces(
     names: Sequence[str],
     split: Split,
     *,
+    generator: torch.Generator,
     combinations: int | None = COMBINATIONS,
-    generator: torch.Generator | None = None,
     batch_size: int = 32,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the trace of each layer's block of the Hessian of the mean cross-entropy, and its standard error.
@@ -150,49 +85,60 @@ def hessian_traces(
 
     Args:
         model: the network.
-        names: layers.
+        names: L layers.
         split: images and labels.
+        generator: source of the random signs; unused for every class of a piecewise linear network.
         combinations: random combinations of the classes for each image; None: every class.
-        generator: source of the random signs.
         batch_size: images per forward pass.
 
     Returns:
         two float64 arrays of shape (L,). The standard error is that of the mean over images.
 
     Raises:
-        InvalidParameterError: fewer than two images.
-        UnsupportedModelError: the output does not depend on a layer.
+        InvalidParameterError: fewer than two images, or a batch size or combinations below one.
+        UnsupportedModelError: see :func:`~emq_lib.proxies.gradients.per_image_gradients`.
     """
-    if len(split) < 2:
-        raise InvalidParameterError(f"the standard error of a trace needs two images or more, got {len(split)}.")
-    if not is_piecewise_linear(model):
+    whole_number(len(split), "the number of images that the standard error of a trace is taken over", 2)
+    if not _is_piecewise_linear(model):
         return hutchinson_traces(model, names, split, generator=generator, batch_size=batch_size)
-    seeds = functools.partial(_hessian_seeds, combinations=combinations, generator=generator)
+    seeds = _class_seeds
+    if combinations is not None:
+        count = whole_number(combinations, "the number of combinations", 1)
+        seeds = functools.partial(_drawn_seeds, combinations=count, generator=generator)
     per_image = []
-    for start in range(0, len(split), batch_size):
+    for batch in batches(split, batch_size):
         squares = [
             torch.stack([g.double().square().sum(dim=(1, 2)) for g in gradients])
-            for gradients in per_image_gradients(model, names, split[start : start + batch_size].inputs(), seeds)
+            for gradients in per_image_gradients(model, names, batch.inputs(), seeds)
         ]
         per_image.append(torch.stack(squares).sum(dim=0))
     traces = torch.cat(per_image, dim=1)
     return traces.mean(dim=1).cpu().numpy(), (traces.std(dim=1) / len(split) ** 0.5).cpu().numpy()
 
 
-def _hessian_seeds(
-    logits: torch.Tensor, *, combinations: int | None = None, generator: torch.Generator | None = None
-) -> list[torch.Tensor]:
-    """Return vectors, each (N, classes), whose outer products add up to the cross-entropy's Hessian at the logits.
+def _is_piecewise_linear(model: nn.Module) -> bool:
+    return isinstance(model, torch.fx.GraphModule) and is_piecewise_linear(model)
 
-    With random combinations they do so in expectation.
-    """
+
+def _class_seeds(logits: torch.Tensor) -> list[torch.Tensor]:
+    """Return vectors s_k, each (N, classes), whose outer products add up to the cross-entropy's Hessian there."""
+    return _combined(logits, torch.eye(logits.shape[1], device=logits.device)[:, None])
+
+
+def _drawn_seeds(logits: torch.Tensor, *, combinations: int, generator: torch.Generator) -> list[torch.Tensor]:
+    """Return random combinations of the s_k, each (N, classes), whose outer products add up to it in expectation."""
+    return _combined(logits, _signs((combinations, *logits.shape), generator).to(logits) / combinations**0.5)
+
+
+def _combined(logits: torch.Tensor, weights: torch.Tensor) -> list[torch.Tensor]:
+    """Return sums of the s_k with each of some weights, shape (M, N or 1, classes)."""
     p = logits.softmax(dim=1)
-    if combinations is None:
-        weights = torch.eye(p.shape[1], device=p.device)[:, None]
-    else:
-        draws = torch.randint(0, 2, (combinations, *p.shape), generator=generator)
-        weights = ((2 * draws - 1) / combinations**0.5).to(p)
     return [root - p * root.sum(dim=1, keepdim=True) for root in weights * p.sqrt()]
+
+
+def _signs(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """Draw -1 and 1, on the generator's device, so that a stream on the CPU gives a GPU the same signs."""
+    return 2 * torch.randint(0, 2, tuple(shape), generator=generator, device=generator.device) - 1
 
 
 def hutchinson_traces(
@@ -200,8 +146,8 @@ def hutchinson_traces(
     names: Sequence[str],
     split: Split,
     *,
+    generator: torch.Generator,
     probes: int = PROBES,
-    generator: torch.Generator | None = None,
     batch_size: int = 32,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Estimate the trace of each layer's block of the Hessian with random signs v: E v' H v = tr H (Hutchinson 1990).
@@ -211,10 +157,10 @@ def hutchinson_traces(
 
     Args:
         model: the network.
-        names: layers.
+        names: L layers.
         split: images and labels.
-        probes: random vectors per layer and batch, multiplied together.
         generator: source of the random signs.
+        probes: random vectors per layer and batch, multiplied together.
         batch_size: images per forward pass.
 
     Returns:
@@ -222,40 +168,33 @@ def hutchinson_traces(
         each with its own images and probes.
 
     Raises:
-        UnsupportedModelError: the output does not depend on a layer.
+        InvalidParameterError: no images, a batch size or probes below one, or a label that is none of the classes.
+        UnsupportedModelError: see :func:`~emq_lib.proxies.gradients.trainable_weights`; or the output does not depend
+            on a layer.
     """
-    sums, weight_of = [], {name: model.get_submodule(name).weight for name in names}
-    for start in range(0, len(split), batch_size):
-        batch = split[start : start + batch_size]
+    probes = whole_number(probes, "the number of probes", 1)
+    sums, counts, weight_of = [], [], trainable_weights(model, names)
+    for batch in batches(split, batch_size):
+        counts.append(len(batch))
         gradients = loss_gradients(model, weight_of, batch)
         for weight, gradient in zip(weight_of.values(), gradients, strict=True):
-            signs = 2 * torch.randint(0, 2, (probes, *weight.shape), generator=generator).to(weight) - 1
+            signs = _signs((probes, *weight.shape), generator).to(weight)
             products = torch.stack([_product(gradient, weight, v) for v in signs])
             sums.append(len(batch) * (signs * products).double().sum().item() / probes)
     per_batch = np.array(sums).reshape(-1, len(names))
-    counts = np.array([len(split[s : s + batch_size]) for s in range(0, len(split), batch_size)])
     estimate = per_batch.sum(axis=0) / len(split)
-    left = per_batch - counts[:, None] * estimate
-    batches = len(counts)
+    left = per_batch - np.array(counts)[:, None] * estimate
     with np.errstate(invalid="ignore", divide="ignore"):
-        error = np.sqrt((left**2).sum(axis=0) * batches / (batches - 1)) / len(split)
+        error = np.sqrt((left**2).sum(axis=0) * len(counts) / (len(counts) - np.float64(1))) / len(split)
     return estimate, error
 
 
-def loss_gradients(model: nn.Module, weight_of: dict[str, nn.Parameter], batch: Split) -> tuple[torch.Tensor, ...]:
-    """Return the gradients of the mean cross-entropy, which can be differentiated again."""
-    if frozen := [name for name, weight in weight_of.items() if not weight.requires_grad]:
-        raise UnsupportedModelError(f"Layers {frozen} are frozen: call requires_grad_() on their weights.")
-    loss = F.cross_entropy(model(batch.inputs()), batch.labels)
-    gradients = torch.autograd.grad(loss, list(weight_of.values()), create_graph=True, allow_unused=True)
-    if None in gradients:
-        raise UnsupportedModelError(f"The output does not depend on layer {list(weight_of)[gradients.index(None)]!r}.")
-    return gradients
-
-
 def _product(gradient: torch.Tensor, weight: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    """Return the product of a layer's block of the Hessian with a vector."""
-    return torch.autograd.grad(gradient, weight, grad_outputs=vector, retain_graph=True)[0]
+    """Return the product of a layer's block of the Hessian with a vector; zero if the gradient is constant."""
+    if not gradient.requires_grad:
+        return torch.zeros_like(weight)
+    product = torch.autograd.grad(gradient, weight, grad_outputs=vector, retain_graph=True, allow_unused=True)[0]
+    return torch.zeros_like(weight) if product is None else product
 
 
 def top_eigenvalues(model: nn.Module, names: Sequence[str], split: Split, *, batch_size: int = 32) -> np.ndarray:
@@ -267,38 +206,46 @@ def top_eigenvalues(model: nn.Module, names: Sequence[str], split: Split, *, bat
 
     Args:
         model: the network.
-        names: layers.
+        names: L layers.
         split: images and labels, all of which are used.
         batch_size: images per forward pass.
 
     Raises:
-        UnsupportedModelError: the output does not depend on a layer.
+        InvalidParameterError: no images, or a batch size below one.
+        UnsupportedModelError: see :func:`~emq_lib.proxies.gradients.per_image_gradients`.
     """
-    weights = [model.get_submodule(name).weight for name in names]
-    classes = model(split[:1].inputs()).shape[1]
-    if not is_piecewise_linear(model) or classes > MOST_CLASSES:
+    with torch.no_grad():
+        classes = logits_of(model, split[:1].inputs()).shape[1]
+    if not _is_piecewise_linear(model) or classes > MOST_CLASSES:
         return _lanczos(model, names, split)
+    sizes = [layer.weight.numel() for layer in named_layers(model, names).values()]
     row_bytes = 4 * len(split) * classes
     found: list[float] = []
     while len(found) < len(names):
-        rest = np.cumsum([weight.numel() * row_bytes for weight in weights[len(found) :]])
+        rest = np.cumsum([size * row_bytes for size in sizes[len(found) :]])
         group = names[len(found) :][: max(1, int((rest <= ROW_BYTES).sum()))]
         rows: list[list[torch.Tensor]] = [[] for _ in group]
-        for start in range(0, len(split), batch_size):
-            inputs = split[start : start + batch_size].inputs()
-            for gradients in per_image_gradients(model, group, inputs, _hessian_seeds):
+        for batch in batches(split, batch_size):
+            for gradients in per_image_gradients(model, group, batch.inputs(), _class_seeds):
                 for layer, gradient in zip(rows, gradients, strict=True):
                     layer.append(gradient.flatten(1).cpu())
-        for layer in rows:
-            matrix = torch.cat(layer).numpy()
-            largest = svds(matrix, k=1, return_singular_vectors=False, v0=np.ones(min(matrix.shape)))[0]
-            found.append(float(largest) ** 2 / len(split))
+        for name, layer in zip(group, rows, strict=True):
+            found.append(_largest_singular_value(torch.cat(layer).numpy(), name) ** 2 / len(split))
     return np.array(found)
+
+
+def _largest_singular_value(matrix: np.ndarray, name: str) -> float:
+    if not np.isfinite(matrix).all():
+        raise UnsupportedModelError(f"Gradients at layer {name!r} hold NaN or infinity; look at its activations.")
+    if min(matrix.shape) == 1 or not matrix.any():  # for which ARPACK has no start
+        return float(np.linalg.norm(matrix))
+    settings = {"v0": np.ones(min(matrix.shape)), "rng": np.random.default_rng(0)}  # the same answer every time
+    return float(svds(matrix, k=1, return_singular_vectors=False, **settings)[0])
 
 
 def _lanczos(model: nn.Module, names: Sequence[str], split: Split) -> np.ndarray:
     """Return each block's largest eigenvalue from products with it."""
-    weight_of = {name: model.get_submodule(name).weight for name in names}
+    weight_of = trainable_weights(model, names)
     gradients = loss_gradients(model, weight_of, split)
 
     def largest(weight: nn.Parameter, gradient: torch.Tensor) -> float:
@@ -306,8 +253,13 @@ def _lanczos(model: nn.Module, names: Sequence[str], split: Split) -> np.ndarray
             direction = torch.from_numpy(vector.astype(np.float32)).view(weight.shape).to(weight.device)
             return _product(gradient, weight, direction).double().cpu().flatten().numpy()
 
-        size = weight.numel()
-        operator = LinearOperator((size, size), matvec=product, dtype=np.float64)
-        return float(eigsh(operator, k=1, which="LA", v0=np.ones(size), tol=1e-4, return_eigenvectors=False)[0])
+        first = product(start := np.ones(weight.numel()))
+        if not np.isfinite(first).all():
+            raise UnsupportedModelError("The Hessian holds NaN or infinity; look at the network's activations.")
+        if len(start) == 1 or not first.any():  # for which ARPACK has no start
+            return float(first[0])
+        operator = LinearOperator((len(start),) * 2, matvec=product, dtype=np.float64)
+        settings = {"v0": start, "tol": 1e-4, "rng": np.random.default_rng(0)}  # the same answer every time
+        return float(eigsh(operator, k=1, which="LA", return_eigenvectors=False, **settings)[0])
 
     return np.array([largest(*pair) for pair in zip(weight_of.values(), gradients, strict=True)])

@@ -5,14 +5,14 @@ Explained in chapter 02.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
 from emq_lib.core.errors import InvalidScoreError
-from emq_lib.proxies.layer_statistics import LayerStatistics
+from emq_lib.proxies.layer_statistics import SALIENCIES, LayerStatistics
 from emq_lib.proxies.released import QE_RATIOS, align
 from emq_lib.proxies.scores import is_table
 
@@ -234,20 +234,6 @@ def added_logit_changes(statistics: LayerStatistics) -> np.ndarray:
     order the score is minus the divergence of the predictions from the float ones. Not separable; introduced here.
     """
     return -statistics.logit_products / 2
-
-
-SALIENCIES: Mapping[str, tuple[str, str]] = {
-    "SNIP": ("gradients", "sum |W * G| (Lee et al. 2019)"),
-    "Synflow": ("Synflow", "sum |W * dR/dW| of the all-positive network (Tanaka et al. 2020)"),
-    "plain": ("gradients", "sum W * G (Mozer and Smolensky 1989)"),
-    "Fisher": ("Fisher", "sum over channels of the squared product of output and gradient (Turner et al. 2020)"),
-    "GraSP": ("GraSP", "-sum W * (H g) (Wang et al. 2020)"),
-    "grad-norm": ("gradients", "||G|| (Abdelfattah et al. 2021)"),
-    "L2": ("errors", "||W|| (Abdelfattah et al. 2021)"),
-    "ZiCo": ("ZiCo", "log sum E|g| / std(g) over minibatches (Li et al. 2023)"),
-    "Zen": ("Zen", "gain of Gaussian noise (Lin et al. 2021)"),
-    "NWOT": ("NWOT", "log det of the kernel of activation patterns (Mellor et al. 2021)"),
-}
 
 
 def bit_weighted(name: str) -> Callable[[LayerStatistics], np.ndarray]:

@@ -1,29 +1,22 @@
 """What proxies read: weights, activations, gradients, curvature and quantization errors of every searchable layer.
 
-The network is visited here and nowhere later: proxies and evolved expressions only read these numbers, so scoring a
-thousand of them costs no forward pass. What needs images is stored in the study; what needs the checkpoint alone
-(weights, quantization errors) is computed on loading. Explained in chapter 02.
+The network is visited by :mod:`emq_lib.proxies.measuring` and nowhere later: proxies and evolved expressions only read
+these numbers, so scoring a thousand of them costs no forward pass. What needs images is stored in the study; what needs
+the checkpoint alone (weights, quantization errors) is computed on loading. Explained in chapter 02.
 """
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from emq_lib.core.datasets import Split
-from emq_lib.core.errors import InvalidParameterError, UnsupportedModelError
-from emq_lib.core.graphs import pre_hooks
+from emq_lib.core.errors import CorruptArtefactError
 from emq_lib.core.quantizers import fake_quantize
-from emq_lib.proxies import curvature, saliency
-from emq_lib.proxies.passes import _losses, divergences, logit_products, one_slot_logits, pair_losses
 from emq_lib.proxies.released import ReleasedStatistics, stages
 
 ACTIVATION_IMAGES = 64
@@ -35,7 +28,7 @@ SAMPLE = 4_096  # numbers per layer that are kept of a statistic with one number
 class LayerStatistics:
     """Statistics of the L searchable layers in forward order, at the B choices; batch norm is folded.
 
-    Layers that share their bits have one slot; there are S slots.
+    Tensors are float32 on the CPU, arrays float64. Layers that share their bits have one slot; there are S slots.
 
     Attributes:
         choices: the B allowed widths.
@@ -49,7 +42,8 @@ class LayerStatistics:
         gradients: G, (C_out, k) per layer: gradient of the mean cross-entropy on the calibration images, on the k
             columns of the weight that :func:`sampled_columns` names.
         virtual_gradients: V, (C_out, k) per layer: gradient of the summed logits of an all-ones image.
-        positive_gradients: R, (C_out, k) per layer: the same of the all-positive network (Synflow's).
+        positive_gradients: R, (C_out, k) per layer: the same of the all-positive network (Synflow's), float64: deep
+            networks pass the largest float32.
         curvature: H, (C_out, k) per layer: diagonal of the empirical Fisher, the mean squared gradient per image.
         channel_products: C, (C_out, n) per layer: output times its gradient, summed over positions, per image.
         trace: trace of the Hessian of the mean cross-entropy per layer, shape (L,).
@@ -112,7 +106,7 @@ class LayerStatistics:
         return stages(self.macs / self.parameters)
 
     def per_slot(self, values: np.ndarray) -> np.ndarray:
-        """Sum the rows of layers that share their bits, (L, ...) -> (S, ...)."""
+        """Return the sum of the rows of layers that share their bits, (L, ...) -> (S, ...)."""
         summed = np.zeros((self.slot_count, *values.shape[1:]))
         np.add.at(summed, self.slots, values)
         return summed
@@ -121,6 +115,21 @@ class LayerStatistics:
 SAMPLES = ("activations", "gradients", "virtual_gradients", "positive_gradients", "curvature", "channel_products")
 NUMBERS = ("trace", "trace_error", "eigenvalue", "similarity", "fisher_error")
 NUMBERS += ("output_error", "kl", "loss", "logit_products", "pair_losses")
+
+
+# What a zero-cost proxy says of each layer -> the part of the measurements that it comes from, and its formula.
+SALIENCIES: Mapping[str, tuple[str, str]] = {
+    "SNIP": ("gradients", "sum |W * G| (Lee et al. 2019)"),
+    "Synflow": ("Synflow", "sum |W * dR/dW| of the all-positive network (Tanaka et al. 2020)"),
+    "plain": ("gradients", "sum W * G (Mozer and Smolensky 1989)"),
+    "Fisher": ("Fisher", "sum over channels of the squared product of output and gradient (Turner et al. 2020)"),
+    "GraSP": ("GraSP", "-sum W * (H g) (Wang et al. 2020)"),
+    "grad-norm": ("gradients", "||G|| (Abdelfattah et al. 2021)"),
+    "L2": ("errors", "||W|| (Abdelfattah et al. 2021)"),
+    "ZiCo": ("ZiCo", "log sum E|g| / std(g) over minibatches (Li et al. 2023)"),
+    "Zen": ("Zen", "gain of Gaussian noise (Lin et al. 2021)"),
+    "NWOT": ("NWOT", "log det of the kernel of activation patterns (Mellor et al. 2021)"),
+}
 
 
 def sampled_columns(channels: int, columns: int) -> np.ndarray:
@@ -137,144 +146,6 @@ def sampled(x: torch.Tensor) -> torch.Tensor:
     return x[..., torch.from_numpy(sampled_columns(*x.shape[-2:])).to(x.device)].contiguous()
 
 
-@torch.inference_mode()
-def activation_samples(model: nn.Module, names: Sequence[str], split: Split) -> list[torch.Tensor]:
-    """Return a sample of each named layer's inputs on the first images of a split, shape (C_in, M)."""
-    samples = {}
-
-    def take(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            x = inputs[0].movedim(-1, 1) if isinstance(module, nn.Linear) else inputs[0]
-            samples[name] = sampled(x.transpose(0, 1).flatten(1))
-
-        return hook
-
-    with pre_hooks(model, {name: take(name) for name in names}):
-        model(split[:ACTIVATION_IMAGES].inputs())
-    return [samples[name] for name in names]
-
-
-@torch.inference_mode()
-def output_errors(
-    model: nn.Module, errors: Mapping[str, Sequence[torch.Tensor]], split: Split, *, batch_size: int = 256
-) -> np.ndarray:
-    """Return ||E_b x||^2 / ||W x||^2 per layer and choice, x the float network's inputs of that layer, shape (L, B).
-
-    Args:
-        model: folded float network.
-        errors: layer name -> one error tensor per choice, each in the shape of the weight.
-        split: images.
-        batch_size: images per forward pass.
-    """
-    energy = {name: torch.zeros(1 + len(tensors), dtype=torch.float64) for name, tensors in errors.items()}
-
-    def accumulate(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            for row, weight in enumerate((module.weight, *errors[name])):
-                energy[name][row] += _linear_part(module, inputs[0], weight).double().square().sum().item()
-
-        return hook
-
-    with pre_hooks(model, {name: accumulate(name) for name in errors}):
-        for start in range(0, len(split), batch_size):
-            model(split[start : start + batch_size].inputs())
-    return np.stack([(row[1:] / row[0]).numpy() for row in energy.values()])
-
-
-def measure_statistics(
-    model: torch.fx.GraphModule,
-    layers: pd.DataFrame,
-    calibration: Split,
-    *,
-    choices: Sequence[int],
-    released: ReleasedStatistics,
-    streams: Callable[[str], torch.Generator],
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Compute everything that needs images or many passes through the network; explained in chapter 02.
-
-    Args:
-        model: network with folded batch norm, on the device of the images.
-        layers: its layer table.
-        calibration: the calibration images.
-        choices: the B allowed widths.
-        released: what the released code reads, see :func:`emq_lib.proxies.released.measure_released`.
-        streams: name of what is drawn ("traces", "zen") -> source of randomness.
-
-    Returns:
-        name -> tensor, as :func:`assemble_statistics` takes them; and what was computed -> wall time in seconds.
-
-    Raises:
-        InvalidParameterError: all images are of one class.
-        UnsupportedModelError: a statistic is NaN or infinite; the message names it and the layer.
-    """
-    if len(calibration.labels.unique()) < 2:
-        raise InvalidParameterError("All calibration images are of one class, so gradients say nothing; draw others.")
-    searchable = layers[layers["searchable"]]
-    names, few, shape = list(searchable["name"]), calibration[:FEW_IMAGES], tuple(calibration.images.shape[1:])
-    members = [list(group) for _, group in searchable.groupby("slot")["name"]]
-    seconds: dict[str, float] = {}
-    arrays: dict[str, np.ndarray] = {}
-    tensors: dict[str, Sequence[torch.Tensor]] = {}
-    with _timed(seconds, "errors"):
-        quantized = _quantized_weights(model, names, choices)
-        errors = {name: [weight - _weight(model, name) for weight in quantized[name]] for name in names}
-    with _timed(seconds, "gradients"):
-        gradients, fisher = curvature.gradient_moments(model, names, calibration)
-        arrays["fisher_error"] = np.array(
-            [
-                [(f * e.flatten(1).square()).double().sum().item() for e in errors[name]]
-                for name, f in zip(names, fisher, strict=True)
-            ]
-        )
-    tensors |= {"gradients": [sampled(g) for g in gradients], "curvature": [sampled(f) for f in fisher]}
-    with _timed(seconds, "virtual_gradients"):
-        tensors["virtual_gradients"] = [sampled(v) for v in saliency.virtual_gradients(model, names, shape)]
-    with _timed(seconds, "positive_gradients"):
-        tensors["positive_gradients"] = [sampled(r).float() for r in saliency.positive_gradients(model, names, shape)]
-    with _timed(seconds, "channel_products"):
-        tensors["channel_products"] = [sampled(c) for c in saliency.channel_products(model, names, few)]
-    with _timed(seconds, "activations"):
-        tensors["activations"] = activation_samples(model, names, calibration)
-    with _timed(seconds, "trace"):
-        traces = curvature.hessian_traces(model, names, calibration, generator=streams("traces"))
-        arrays["trace"], arrays["trace_error"] = traces
-    with _timed(seconds, "eigenvalue"):
-        arrays["eigenvalue"] = curvature.top_eigenvalues(model, names, few)
-    with _timed(seconds, "similarity"):
-        arrays["similarity"] = saliency.linear_cka(model, names, few).sum(axis=1) - 1
-    pairs = [(_weight(model, name).flatten(1), g) for name, g in zip(names, gradients, strict=True)]
-    measures: dict[str, Callable[[], list | np.ndarray]] = {
-        "SNIP": lambda: [(w * g).abs().sum() for w, g in pairs],
-        "plain": lambda: [(w * g).sum() for w, g in pairs],
-        "grad-norm": lambda: [g.norm() for _, g in pairs],
-        "L2": lambda: [w.norm() for w, _ in pairs],
-        "Synflow": lambda: saliency.synflow(model, names, shape),
-        "Fisher": lambda: saliency.channel_fisher(model, names, few),
-        "GraSP": lambda: saliency.grasp(model, names, few),
-        "ZiCo": lambda: saliency.zico(model, names, calibration),
-        "Zen": lambda: saliency.zen(model, names, shape, images=len(few), generator=streams("zen")),
-        "NWOT": lambda: saliency.nwot(model, names, few),
-    }
-    for name, measure in measures.items():
-        with _timed(seconds, name):
-            arrays[f"saliency {name}"] = np.array([float(value) for value in measure()])
-    with _timed(seconds, "output_error"):
-        arrays["output_error"] = output_errors(model, errors, calibration)
-    with _timed(seconds, "one_slot"):
-        float_logits, logits = one_slot_logits(model, members, quantized, calibration)
-        arrays["kl"] = divergences(float_logits, logits)
-        arrays["loss"] = _losses(float_logits, logits, calibration.labels)
-        arrays["logit_products"] = logit_products(float_logits, logits)
-    with _timed(seconds, "pair_losses"):
-        arrays["pair_losses"] = pair_losses(model, members, quantized, few)
-    arrays |= {f"released {key}": array for key, array in asdict(released).items() if key != "seconds"}
-    seconds["released"] = released.seconds
-    _refuse_infinite(tensors, arrays, names)
-    stored = {f"{key}/{name}": tensor for key in tensors for name, tensor in zip(names, tensors[key], strict=True)}
-    stored |= {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in arrays.items()}
-    return stored, seconds
-
-
 def assemble_statistics(
     model: torch.fx.GraphModule,
     layers: pd.DataFrame,
@@ -287,25 +158,29 @@ def assemble_statistics(
     Args:
         model: network with folded batch norm.
         layers: its layer table.
-        stored: as of :func:`measure_statistics`.
+        stored: as of :func:`emq_lib.proxies.measuring.measure_statistics`.
         choices: the B allowed widths.
         seconds: what was computed -> wall time.
 
     Raises:
-        KeyError: a statistic is not among those stored.
+        CorruptArtefactError: a statistic is not among those stored, or is not the finite numbers in the shape that fits
+            the layers; the message names it.
     """
     searchable = layers[layers["searchable"]]
     names = tuple(searchable["name"])
-    quantized = _quantized_weights(model, names, choices)
-    weights = tuple(_weight(model, name).flatten(1) for name in names)
+    quantized = quantized_weights(model, names, choices)
+    weights = tuple(layer_weight(model, name).flatten(1).cpu() for name in names)
     errors = [
-        torch.stack([q.flatten(1) - weight for q in quantized[name]])
+        torch.stack([q.flatten(1).cpu() - weight for q in quantized[name]])
         for name, weight in zip(names, weights, strict=True)
     ]
+    slots = searchable["slot"].to_numpy()
+    by_name = dict(zip(names, weights, strict=True))
+    _check_stored(stored, _expected_shapes(len(names), int(slots.max()) + 1, len(choices), by_name))
     return LayerStatistics(
         choices=tuple(choices),
         names=names,
-        slots=searchable["slot"].to_numpy(),
+        slots=slots,
         parameters=searchable["parameters"].to_numpy(),
         macs=searchable["macs"].to_numpy(),
         weights=weights,
@@ -318,42 +193,49 @@ def assemble_statistics(
     )
 
 
+def _check_stored(stored: Mapping[str, torch.Tensor], expected: Mapping[str, Sequence[int | None]]) -> None:
+    """Refuse statistics that lack one of those expected, or hold it in another shape, or NaN or infinity."""
+    for name, shape in expected.items():
+        if name not in stored:
+            raise CorruptArtefactError(f"The statistics lack {name!r}: measure them again.")
+        found = tuple(stored[name].shape)
+        if len(found) != len(shape) or any(want not in (None, size) for size, want in zip(found, shape, strict=True)):
+            raise CorruptArtefactError(f"{name!r} has shape {found}, which does not fit the layers: measure it again.")
+        if not torch.isfinite(stored[name]).all():
+            raise CorruptArtefactError(f"{name!r} holds NaN or infinity: measure the statistics again.")
+
+
+def _expected_shapes(
+    layers: int, slots: int, choices: int, weights: Mapping[str, torch.Tensor]
+) -> dict[str, tuple[int | None, ...]]:
+    """Return the shape of every stored statistic; None where any size will do."""
+    of_layers, of_slots, pairs = (layers, choices), (slots, choices), (slots * choices,) * 2
+    shapes: dict[str, tuple[int | None, ...]] = dict.fromkeys(NUMBERS, (layers,))
+    shapes |= {"fisher_error": of_layers, "output_error": of_layers, "kl": of_slots, "loss": of_slots}
+    shapes |= {"logit_products": pairs, "pair_losses": pairs}
+    shapes |= {f"saliency {name}": (layers,) for name in SALIENCIES}
+    shapes |= {f"released {field.name}": (None,) for field in fields(ReleasedStatistics) if field.name != "seconds"}
+    shapes |= {f"released {branch}_branch": (None, choices) for branch in ("gradient", "weight")}
+    for name, weight in weights.items():
+        kept = (len(weight), len(sampled_columns(*weight.shape)))
+        shapes |= {f"{key}/{name}": kept for key in SAMPLES}
+        shapes |= {f"activations/{name}": (None, None), f"channel_products/{name}": (len(weight), None)}
+    return shapes
+
+
 def _with_prefix(stored: Mapping[str, torch.Tensor], prefix: str) -> dict[str, np.ndarray]:
     return {key.removeprefix(prefix): stored[key].numpy() for key in stored if key.startswith(prefix)}
 
 
-def _refuse_infinite(
-    tensors: Mapping[str, Sequence[torch.Tensor]], arrays: Mapping[str, np.ndarray], names: Sequence[str]
-) -> None:
-    for key, per_layer in tensors.items():
-        for name, tensor in zip(names, per_layer, strict=True):
-            if not torch.isfinite(tensor).all():
-                raise UnsupportedModelError(f"{key} of layer {name!r} hold NaN or infinity; look at its activations.")
-    for key, array in arrays.items():
-        if not np.isfinite(array).all():
-            row = int(np.argwhere(~np.isfinite(array))[0][0])
-            where = repr(names[row]) if len(array) == len(names) else f"in row {row}"
-            raise UnsupportedModelError(f"{key} is NaN or infinite at {where}; look at that layer's activations.")
-
-
-def _weight(model: nn.Module, name: str) -> torch.Tensor:
+def layer_weight(model: nn.Module, name: str) -> torch.Tensor:
+    """Return a layer's weight, detached, (C_out, ...) one row after another in memory."""
     return model.get_submodule(name).weight.detach().contiguous()
 
 
-def _quantized_weights(model: nn.Module, names: Sequence[str], choices: Sequence[int]) -> dict[str, list[torch.Tensor]]:
-    return {name: [fake_quantize(_weight(model, name), bits) for bits in choices] for name in names}
+def quantized_weights(model: nn.Module, names: Sequence[str], choices: Sequence[int]) -> dict[str, list[torch.Tensor]]:
+    """Return layer name -> its weight rounded to nearest at each width.
 
-
-def _linear_part(module: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Apply a layer with another weight and no bias."""
-    if isinstance(module, nn.Conv2d):
-        return F.conv2d(x, weight, None, module.stride, module.padding, module.dilation, module.groups)
-    return F.linear(x, weight)
-
-
-@contextlib.contextmanager
-def _timed(seconds: dict[str, float], key: str) -> Iterator[None]:
-    """Enter the wall time of the block under `key`."""
-    started = time.perf_counter()
-    yield
-    seconds[key] = time.perf_counter() - started
+    Raises:
+        InvalidBitsError: a width outside 1 to 8.
+    """
+    return {name: [fake_quantize(layer_weight(model, name), bits) for bits in choices] for name in names}

@@ -7,6 +7,7 @@ of a configuration for the j-th of a list that is longer, shorter or reversed. E
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import nn
 
 from emq_lib.core.datasets import Split
 from emq_lib.proxies import curvature, saliency
+from emq_lib.proxies.gradients import named_layers
 
 IMAGES = 128  # the release's batch
 QE_RATIOS = (0.0, 0.0, 1.0, 1.0, 6.0)  # weights of five stages in the released QE score
@@ -65,44 +67,54 @@ def measure_released(
     """Measure a network with fresh random weights as the release does.
 
     Args:
-        model: network with random weights and folded batch norm, on the device of the images; its weights are changed.
+        model: network with random weights and folded batch norm, on the device of the images.
         layers: its layer table.
-        split: images, of which the first 128 are used.
+        split: images and labels, of which the first 128 are used.
         choices: the B allowed widths.
         shortcuts: names of the convolutions beside a block.
         streams: name of what is drawn ("released traces", "released Synflow weights") -> source of randomness.
+
+    Raises:
+        InvalidParameterError, UnsupportedModelError: see the functions of :mod:`~emq_lib.proxies.curvature` and
+            :mod:`~emq_lib.proxies.saliency`; or the network has no convolution.
     """
     started = time.perf_counter()
     convs = layers[layers["kind"] == "Conv2d"].reset_index(drop=True)
-    names, batch = list(convs["name"]), split[:IMAGES]
-    weights = [model.get_submodule(name).weight.detach().flatten(1) for name in names]
+    names, batch, shape = list(convs["name"]), split[:IMAGES], tuple(split.images.shape[1:])
+    weights = [layer.weight.detach().flatten(1) for layer in named_layers(model, names).values()]
     gradients, _ = curvature.gradient_moments(model, names, batch)
     snip = np.array([(w * g).abs().sum().item() for w, g in zip(weights, gradients, strict=True)])
     trace, _ = curvature.hessian_traces(model, names, batch, generator=streams("released traces"))
     eigenvalue = curvature.top_eigenvalues(model, names, batch)
     similarity = saliency.linear_cka(model, names, batch).sum(axis=1) - 1
-    shape = tuple(split.images.shape[1:])
     virtual = saliency.virtual_gradients(model, names, shape, images=len(batch))
-    bits = torch.tensor(choices, dtype=torch.float64, device=split.images.device)[:, None, None]
+    bits = torch.tensor(choices, dtype=torch.float64, device=weights[0].device)[:, None, None]
     shares = [torch.where(v == 0, 1.0, (bits * v.double()).abs()).log().softmax(dim=1) for v in virtual]
     weight_branch = [(bits * w.double()).clamp(min=0).sqrt().mean(dim=(1, 2)) for w in weights]
-    generator = streams("released Synflow weights")
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                module.weight.copy_(torch.randn(module.weight.shape, generator=generator))
+    redrawn = _with_normal_weights(model, streams("released Synflow weights"))
     return ReleasedStatistics(
         eigenvalue=eigenvalue,
         trace=trace,
         similarity=similarity,
         snip=snip,
-        synflow=saliency.synflow(model, names, shape),
+        synflow=saliency.synflow(redrawn, names, shape),
         gradient_branch=torch.stack([share.mean(dim=(1, 2)) for share in shares]).cpu().numpy(),
         weight_branch=torch.stack(weight_branch).cpu().numpy(),
         in_block=~convs["name"].isin([names[0], *shortcuts]).to_numpy(),
         stage=stages((convs["macs"] / convs["parameters"]).to_numpy()),
         seconds=time.perf_counter() - started,
     )
+
+
+@torch.no_grad()
+def _with_normal_weights(model: nn.Module, generator: torch.Generator) -> nn.Module:
+    """Return a copy of a network with all weights drawn afresh from N(0, 1)."""
+    redrawn = copy.deepcopy(model)
+    for module in redrawn.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            drawn = torch.randn(module.weight.shape, generator=generator, device=generator.device)
+            module.weight.copy_(drawn)
+    return redrawn
 
 
 def stages(positions: np.ndarray) -> np.ndarray:

@@ -1,15 +1,20 @@
-"""Scores of configurations: tables, matrices of pairs, and how the parts of slots are combined."""
+"""Scores of configurations: tables, matrices of pairs, and how the parts of slots are combined.
+
+Explained in chapter 02.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from emq_lib.core.costs import choice_indices, selected
+from emq_lib.core.errors import InvalidParameterError, InvalidScoreError
+from emq_lib.proxies.checks import real_numbers
 
 
-def is_table(scores: np.ndarray, choices: tuple[int, ...]) -> bool:
+def is_table(scores: np.ndarray, choices: Sequence[int]) -> bool:
     """Return whether these are the scores of a separable proxy (S, B), and not a matrix of pairs (S B, S B)."""
     return scores.shape[1] == len(choices)
 
@@ -30,7 +35,7 @@ AGGREGATIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
 SEPARABLE = ("sum", "depth")
 
 
-def score(scores: np.ndarray, configs: np.ndarray, choices: tuple[int, ...], *, aggregation: str = "sum") -> np.ndarray:
+def score(scores: np.ndarray, configs: np.ndarray, choices: Sequence[int], *, aggregation: str = "sum") -> np.ndarray:
     """Return the score of each configuration.
 
     Args:
@@ -43,11 +48,21 @@ def score(scores: np.ndarray, configs: np.ndarray, choices: tuple[int, ...], *, 
     Returns:
         float64 array of shape (N,).
 
+    Raises:
+        InvalidScoreError: the scores are no finite real numbers, or have another shape.
+        InvalidParameterError: no such aggregation.
+        ConfigLengthError, InvalidBitsError: see :func:`emq_lib.core.costs.choice_indices`.
+
     >>> score(np.array([[1.0, 2.0, 4.0], [10.0, 20.0, 40.0]]), np.array([[2, 4]]), (2, 3, 4))
     array([41.])
     """
+    if not isinstance(aggregation, str) or aggregation not in AGGREGATIONS:
+        raise InvalidParameterError(f"unknown aggregation {aggregation!r}; known: {', '.join(AGGREGATIONS)}.")
+    scores = real_numbers(scores, "scores", ndim=2)
     table = is_table(scores, choices)
-    slots = len(scores) // (1 if table else len(choices))
+    slots, rest = (len(scores), 0) if table else divmod(len(scores), max(1, len(choices)))
+    if not scores.size or (not table and (rest or scores.shape[1] != len(scores))):
+        raise InvalidScoreError(f"{scores.shape} is neither a table (S, {len(choices)}) nor a matrix of pairs.")
     if table:
         parts = selected(scores, configs, choices)
     else:
