@@ -22,7 +22,7 @@ import time
 import numpy as np
 from engine import hardware
 
-from book.studies import evolution
+from book.studies import evolution, methods
 from book.studies.bench import load_bench
 from book.studies.images import load_dataset
 from book.studies.networks import layer_table, load_checkpoint
@@ -83,14 +83,14 @@ def against_released_way(name: str) -> dict:
 
 def thousand_iterations(name: str) -> dict:
     """Run the paper's search three times and return the median time."""
-    profile, method = get_profile(name), evolution.METHODS[evolution.EVOLUTION]
-    space, times, judged = evolution.make_space(method, "branched"), [], []
+    profile, method = get_profile(name), methods.METHODS[methods.EVOLUTION]
+    space, times, judged = method.space("branched"), [], []
     for seed in range(3):
         problems = [
             dataclasses.replace(problem, evaluator=Evaluator(load_statistics(profile)))
             for problem in evolution.load_problems(profile)
         ]
-        judge = evolution.make_judge(problems, method)
+        judge = method.judge(problems)
         run = search.evolve(judge, space, budget=EvolutionBudget(POPULATION, 1_000), rng=np.random.default_rng(seed))
         times.append(_timed(lambda run=run: list(run)))
         judged.append(judge.evaluations + judge.rejected + judge.duplicates)

@@ -62,15 +62,16 @@ from book.making.tables import (
     with_interval,
 )
 from book.places import REPOSITORY
-from book.studies import evolution
+from book.studies import evolution, methods
 from book.studies.bench import load_bench
 from book.studies.heldout import build_heldout, load_heldout, load_tables
 from book.studies.proxies import load_statistics
 from book.studies.study import has_study
 from emq_lib.core.profiles import profile_names
 from emq_lib.evolution import fitness, genotypes, kernels, search, spaces
-from emq_lib.evolution.evaluator import Evaluator, element_programs
+from emq_lib.evolution.evaluator import Evaluator
 from emq_lib.evolution.primitives import BINARIES, INPUTS, STRUCTURES, UNARIES
+from emq_lib.evolution.programs import element_programs
 from emq_lib.proxies import intervals, oracles, ranking
 from emq_lib.proxies.handmade import score_table
 from emq_lib.proxies.scores import score
@@ -226,12 +227,12 @@ evaluator.scores(expected).round(3)
 # %% slideshow={"slide_type": "-"}
 (problem,) = evolution.load_problems(digits)
 released = Evaluator(statistics, mode="released")
-factor = evolution.METHODS["bits as a factor"]
+factor = methods.METHODS["bits as a factor"]
 rows = []
 for structure in STRUCTURES:
     for prioritized in (False, True):
         space = dataclasses.replace(
-            evolution.make_space(factor, structure), prioritized=prioritized
+            factor.space(structure), prioritized=prioritized
         )
         for mode, which in (("released", released), ("mended", evaluator)):
             judge = fitness.Judge(
@@ -404,7 +405,7 @@ if importlib.util.find_spec("triton"):
 
 # %% tags=["hide-input"] slideshow={"slide_type": "slide"} mystnb={"figure": {"caption": "Best fitness against evaluations, one curve per seed. Where the curves of evolution lie above those of random search at the same number of evaluations, selection earns its keep.", "name": "fig-03-1"}, "image": {"alt": "Three panels, sequential, branched and DAG, of best fitness against evaluations; step curves of evolution and of random search, one per seed."}}
 log = pd.DataFrame(evolution.load_evolution(chapter.profile))
-shown = log[log["method"].isin([evolution.EVOLUTION, evolution.CONTROL])]
+shown = log[log["method"].isin([methods.EVOLUTION, methods.CONTROL])]
 figure, axes = plt.subplots(1, 3, figsize=(6.5, 3.2), sharey=True)
 for ax, structure in zip(axes, STRUCTURES, strict=True):
     curves = {
@@ -429,13 +430,11 @@ plt.show()
 
 # %%
 searches = evolution.load_searches(chapter.profile)
-final = searches[
-    searches["method"].isin([evolution.EVOLUTION, evolution.CONTROL])
-]
+final = searches[searches["method"].isin([methods.EVOLUTION, methods.CONTROL])]
 paired = final.pivot(
     index=["structure", "seed"], columns="method", values="search_fitness"
 )
-gains = paired[evolution.EVOLUTION] - paired[evolution.CONTROL]
+gains = paired[methods.EVOLUTION] - paired[methods.CONTROL]
 show_table(
     gains.groupby("structure")
     .agg(["mean", "std", "min", "max"])
@@ -465,11 +464,11 @@ chapter.claim(
 tried = pd.DataFrame(
     evolution.load_evolution(chapter.profile, "enumeration.jsonl")
 )
-whole = tried[tried["method"] == evolution.ALL].iloc[0]
+whole = tried[tried["method"] == methods.ALL].iloc[0]
 print(
     f"{whole.genotypes:,} genotypes, {whole.evaluations:,} that are valid and differ; the best: {whole.best}"
 )
-ends = tried[tried["method"] != evolution.ALL].assign(
+ends = tried[tried["method"] != methods.ALL].assign(
     found=lambda table: table["fitness"] >= whole.fitness - 1e-12
 )
 show_table(
@@ -485,7 +484,7 @@ show_table(
 )
 
 # %% slideshow={"slide_type": "-"}
-evolved_ends = ends[ends["method"] == evolution.EVOLUTION]
+evolved_ends = ends[ends["method"] == methods.EVOLUTION]
 chapter.claim(
     "optimum_found",
     "Evolution found the best formula of the small space in {:.0f} % of its runs.",
@@ -539,7 +538,7 @@ ablation = pd.DataFrame(
     },
     index=averaged("search_fitness", "").index,
 )
-order = [evolution.CONTROL, *evolution.METHODS]
+order = [methods.CONTROL, *methods.METHODS]
 show_table(ablation.loc[order].rename_axis("method").reset_index())
 
 # %% [markdown]
@@ -581,7 +580,7 @@ chapter.claim(
 )
 
 # %% slideshow={"slide_type": "-"}
-gap, interval, n = difference(evolution.EVOLUTION, "bits as a factor")
+gap, interval, n = difference(methods.EVOLUTION, "bits as a factor")
 chapter.claim(
     "inputs_gain",
     "Letting formulas read errors and passes adds {:.3f} of held-out fitness.",
@@ -592,7 +591,7 @@ chapter.claim(
 )
 
 # %% slideshow={"slide_type": "-"}
-gap, interval, n = difference(evolution.EVOLUTION, "without diversity")
+gap, interval, n = difference(methods.EVOLUTION, "without diversity")
 chapter.claim(
     "diversity_gain",
     "Diversity-prompting selection adds {:.3f}.",
@@ -603,7 +602,7 @@ chapter.claim(
 )
 
 # %% slideshow={"slide_type": "-"}
-gap, interval, n = difference(evolution.EVOLUTION, "50 configurations")
+gap, interval, n = difference(methods.EVOLUTION, "50 configurations")
 chapter.claim(
     "configurations_gain",
     "Fitness on all search configurations instead of the paper's 50 adds {:.3f}.",
@@ -614,7 +613,7 @@ chapter.claim(
 )
 
 # %% slideshow={"slide_type": "-"}
-gap, interval, n = difference(evolution.REFINED, evolution.EVOLUTION)
+gap, interval, n = difference(methods.REFINED, methods.EVOLUTION)
 chapter.claim(
     "refined_gain",
     "Fewer genes per mutation, a start from known proxies and three times the iterations add {:.3f}.",
@@ -625,9 +624,7 @@ chapter.claim(
 )
 
 # %% slideshow={"slide_type": "-"}
-gap, interval, n = difference(
-    evolution.FOR_RHO, evolution.RISING, "heldout_rho100"
-)
+gap, interval, n = difference(methods.FOR_RHO, methods.RISING, "heldout_rho100")
 chapter.claim(
     "rising_cost",
     "The rule that no layer may score lower with more bits costs {:.3f} of held-out rho.",
@@ -647,7 +644,7 @@ chapter.claim(
 # %%
 winners = {
     name: evolution.load_winner(chapter.profile, method)
-    for name, method in evolution.EVOLVED.items()
+    for name, method in methods.EVOLVED.items()
 }
 formulas = {
     name: genotypes.parse(line["best"]) for name, line in winners.items()
@@ -1112,7 +1109,7 @@ halves = {
 }
 rows = []
 for source, profile in studies.items():
-    line = evolution.load_winner(profile, evolution.FOR_RHO)
+    line = evolution.load_winner(profile, methods.FOR_RHO)
     row = {"evolved on": source}
     for target, half in halves.items():
         seen = judges[target].score(genotypes.parse(line["best"]), half.configs)
@@ -1135,7 +1132,7 @@ left_out = {
     if has_study(profile, "transfer.jsonl")
 }
 for name, profile in left_out.items():
-    for proxy in evolution.TRANSFERRED:
+    for proxy in methods.TRANSFERRED:
         line = evolution.load_winner(profile, proxy, "transfer.jsonl")
         print(f"{name:20} {proxy:22} {line['best']}")
 

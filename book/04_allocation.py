@@ -61,6 +61,13 @@ from book.studies import allocation, bench, evolution
 from book.studies.bench import load_bench
 from book.studies.heldout import load_heldout, load_searched, load_tables
 from book.studies.images import load_dataset
+from book.studies.methods import (
+    FOR_RHO,
+    INSIDE,
+    REFINED,
+    RISING,
+    RISING_INSIDE,
+)
 from book.studies.proxies import load_proxies
 from book.studies.study import has_study
 from emq_lib.allocation import approximate, exact
@@ -470,11 +477,11 @@ chapter.claim(
 
 # %%
 FITNESS = {
-    evolution.REFINED: "the paper's",
-    evolution.FOR_RHO: "rho",
-    evolution.INSIDE: "rho inside sizes",
-    evolution.RISING: "rho, rising",
-    evolution.RISING_INSIDE: "rho inside sizes, rising",
+    REFINED: "the paper's",
+    FOR_RHO: "rho",
+    INSIDE: "rho inside sizes",
+    RISING: "rho, rising",
+    RISING_INSIDE: "rho inside sizes, rising",
 }
 
 

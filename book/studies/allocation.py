@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from book.studies.bench import load_bench
-from book.studies.evolution import SEARCHED
 from book.studies.files import CHOICES
+from book.studies.methods import SEARCHED
 from book.studies.networks import build_network
 from book.studies.rows import PARTIAL, measure_resumably
 from book.studies.study import checked_path, new_file, sole_writer, study_folder

@@ -34,7 +34,7 @@ _LAYERS = ("choices", "pinned", "tied")
 _ROWS = (*_LAYERS, "activation_bits", "bench_images", "calibration_images", "seed")
 _SAMPLES = ("bench_configs", "stratified_configs", "one_bit_configs")
 _SEARCHED = (MODEL, LAYERS, BENCH, STATISTICS)
-_SEARCH = ("book.studies.evolution:_lines", "book.studies.evolution:runs")
+_SEARCH = ("book.studies.evolution:_lines", "book.studies.methods:searches", "book.studies.methods:transfers")
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 
 from book.studies.bench import load_bench
-from book.studies.evolution import ALLOCATED, EVOLVED, SEARCHED, TRANSFERRED, load_searches, load_winner
+from book.studies.evolution import load_searches, load_winner
 from book.studies.files import HELDOUT
+from book.studies.methods import ALLOCATED, EVOLVED, SEARCHED, TRANSFERRED
 from book.studies.proxies import load_proxies, load_statistics
 from book.studies.study import checked_path, has_study, new_file, sole_writer
 from emq_lib.bench.table import Bench

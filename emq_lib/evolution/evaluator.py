@@ -5,16 +5,16 @@ Explained in chapter 03.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from emq_lib.core.errors import GenotypeSyntaxError
-from emq_lib.evolution.genotypes import Genotype, _ends_in_number, canonical
-from emq_lib.evolution.primitives import _GEOMETRY, BINARIES, INPUTS, PAIRS, REDUCTIONS, UNARIES, Tensor
+from emq_lib.core.errors import GenotypeSyntaxError, InvalidParameterError
+from emq_lib.evolution.genotypes import Genotype, canonical
+from emq_lib.evolution.primitives import BINARIES, INPUTS, PAIRS, REDUCTIONS, UNARIES, Tensor
+from emq_lib.evolution.programs import element_programs, joined, reduced
 from emq_lib.proxies.handmade import added_logit_changes, clado
 from emq_lib.proxies.layer_statistics import LayerStatistics, sampled
 from emq_lib.proxies.scores import score
@@ -22,75 +22,25 @@ from emq_lib.proxies.scores import score
 REMEMBERED = 400  # values that an evaluator keeps
 
 
-def element_programs(genotype: Genotype) -> dict[tuple[str, ...], tuple[tuple[str, ...], str]]:
-    """Return the parts of a formula that are element-wise up to a reduction, as programs of the kernel.
-
-    A part is the beginning of a chain on an input, or of what follows the binary of two element-wise branches on inputs
-    of like geometry. A DAG has none.
-
-    Returns:
-        key of the part -> the program in postfix order, and the reduction that its mean stands for, of
-        :data:`REDUCTIONS`.
-
-    >>> element_programs(parse("branched(product; bW: no_op; G: no_op; abs, sum)"))
-    {('product', 'G', 'no_op', 'bW', 'no_op', 'abs', 'sum'): (('G', 'W', 'times b', 'product', 'abs'), 'sum')}
-    """
-    short = canonical(genotype)
-    if short.structure == "dag":
-        return {}
-    geometries = [_GEOMETRY.get(name[-1], "weights") for name in short.inputs]
-    joined, parts, branches = short.structure == "branched", {}, []
-    for name, chain, geometry in zip(short.inputs, short.chains, geometries, strict=False):
-        program = (name,) if len(name) == 1 else (name[1], "times b")
-        branches.append((*program, *chain))
-        if geometry not in ("number", "pairs"):
-            parts |= _part((name,), program, chain if joined else _reduced(chain))
-    alike = joined and geometries[0] == geometries[1] and geometries[0] not in ("number", "pairs")
-    functions = [UNARIES[unary] for chain in short.chains[:-1] for unary in chain]
-    if alike and all(one.result == "element" for one in (*functions, BINARIES[short.binary])):
-        parts |= _part(_joined(short), (*branches[0], *branches[1], short.binary), _reduced(short.chains[-1]))
-    return parts
-
-
-def _part(
-    head: tuple[str, ...], program: tuple[str, ...], chain: tuple[str, ...]
-) -> dict[tuple[str, ...], tuple[tuple[str, ...], str]]:
-    """Return the beginning of a chain up to its first reduction; nothing if another function looks at whole layers."""
-    for end, unary in enumerate(chain):
-        if unary in REDUCTIONS:
-            steps = (*program, *chain[:end], *REDUCTIONS[unary][0])
-            return {head + chain[: end + 1]: (tuple(step for step in steps if step != "no_op"), unary)}
-        if UNARIES[unary].result != "element":
-            break
-    return {}
-
-
-def _reduced(chain: tuple[str, ...]) -> tuple[str, ...]:
-    """Return a chain with the mean at its end that a formula has, if it does not come to one number before."""
-    return chain if _ends_in_number(chain) else (*chain, "mean")
-
-
-def _joined(genotype: Genotype) -> tuple[str, ...]:
-    """Return the key of what a branched formula's binary gives."""
-    branches = zip(genotype.inputs, genotype.chains, strict=False)
-    return (genotype.binary, *itertools.chain.from_iterable((name, *chain) for name, chain in branches))
-
-
 @dataclass(frozen=True)
 class Value:
     """Numbers of all layers, one after the other.
 
+    Layers that share their bits have one slot. What is known of a slot, such as its width or the divergence when it
+    alone is quantized, counts once, however many layers it has: where it meets what is known of layers, these are added
+    up inside each slot first.
+
     Attributes:
         data: (R, elements), R = B rows, one per bit width, or one row.
-        shapes: (C, K) of each layer; of pairs, a single (S B, S B).
+        shapes: (C, K) of each layer, (1, 1) of each slot; of pairs, a single (S B, S B).
         counts: elements of each layer, of which C K are seen.
-        pairs: whether these are pairs of layers.
+        of: whose numbers these are: "layers", "slots" or "pairs" of slots.
     """
 
     data: Tensor
     shapes: tuple[tuple[int, int], ...]
     counts: tuple[int, ...]
-    pairs: bool = False
+    of: str = "layers"
 
     def layers(self) -> list[Tensor]:
         """Return one (R, C, K) per layer."""
@@ -98,11 +48,16 @@ class Value:
         return [part.unflatten(1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     @staticmethod
-    def of(parts: Sequence[Tensor], counts: Sequence[int] | None = None) -> Value:
+    def joined(parts: Sequence[Tensor], counts: Sequence[int] | None = None, of: str = "layers") -> Value:
         """Return the value of one (R, C, K) per layer."""
         shapes = tuple((part.shape[1], part.shape[2]) for part in parts)
         seen = tuple(rows * columns for rows, columns in shapes)
-        return Value(torch.cat([part.flatten(1) for part in parts], dim=1), shapes, tuple(counts or seen))
+        return Value(torch.cat([part.flatten(1) for part in parts], dim=1), shapes, tuple(counts or seen), of)
+
+    @staticmethod
+    def numbers(data: Tensor, of: str = "layers") -> Value:
+        """Return the value of one number per layer or slot, (R, L) or (R, S)."""
+        return Value(data, ((1, 1),) * data.shape[1], (1,) * data.shape[1], of)
 
 
 class Evaluator:
@@ -113,6 +68,10 @@ class Evaluator:
         mode: "corrected", or "released": primitives with the traps of the released code.
         device: where statistics with one number per weight are kept.
         batched: whether the element-wise formulas of a population run in one launch of a kernel; None: on a GPU.
+
+    Raises:
+        GenotypeSyntaxError: another mode.
+        InvalidParameterError: no statistics, or a device that is not there.
     """
 
     def __init__(
@@ -120,16 +79,25 @@ class Evaluator:
     ) -> None:
         if mode not in ("corrected", "released"):
             raise GenotypeSyntaxError(f"unknown mode {mode!r}; there are corrected and released.")
+        if not isinstance(statistics, LayerStatistics):
+            raise InvalidParameterError(f"an evaluator needs LayerStatistics, got {statistics!r:.80}.")
         self.choices, self.slots = statistics.choices, statistics.slot_count
         self._statistics, self._mode, self._device = statistics, mode, device
         self._batched = device != "cpu" if batched is None else batched
-        self._slot_of = torch.tensor(statistics.slots, device=device)
+        try:
+            self._slot_of = torch.tensor(statistics.slots, device=device)
+        except (RuntimeError, AssertionError, TypeError) as error:  # PyTorch has no error of its own for this
+            raise InvalidParameterError(f"no device {device!r:.80} here ({error!s:.200}); try 'cpu'.") from error
         self._known: dict[tuple, Value] = {}
         self._inputs: dict[str, Value] = {}
         self._prepared: dict[tuple, Value] = {}
 
     def prepare(self, genotypes: Sequence[Genotype]) -> None:
-        """Compute the element-wise parts of a population's formulas in one launch for each geometry, if batched."""
+        """Compute the element-wise parts of a population's formulas in one launch for each geometry, if batched.
+
+        Raises:
+            GenotypeSyntaxError: one is no genotype.
+        """
         self._prepared = {}
         if not self._batched or self._mode == "released":
             return
@@ -147,32 +115,42 @@ class Evaluator:
             counts = torch.tensor(next(iter(inputs.values())).counts, device=means.device)
             for (key, (_, reduction)), mean in zip(parts.items(), means, strict=True):
                 numbers = REDUCTIONS[reduction][1](mean, counts)
-                self._prepared[key] = Value(numbers, ((1, 1),) * len(shapes), (1,) * len(shapes))
+                self._prepared[key] = Value.numbers(numbers)
 
     def scores(self, genotype: Genotype) -> np.ndarray:
         """Return the score table (S, B), or the matrix of pairs (S B, S B) of a formula that ends in one, float64.
 
-        It may hold NaN or infinity, which screening rejects.
+        What is known of layers is added up inside each slot. It may hold NaN or infinity, which screening rejects.
+
+        Raises:
+            GenotypeSyntaxError: it is no genotype.
         """
         with torch.inference_mode():
             value = self._value(canonical(genotype))
-            if value.pairs:
+            if value.of == "pairs":
                 return value.data.view(value.shapes[0]).double().cpu().numpy()
-            rows = self._means(value).data.double().cpu().numpy()
+            numbers = self._means(value)
+            rows = numbers.data.double().cpu().numpy()
         table = np.broadcast_to(rows, (len(self.choices), rows.shape[1])).T
-        return self._statistics.per_slot(table)
+        return table.copy() if numbers.of == "slots" else self._statistics.per_slot(table)
 
     def score(self, genotype: Genotype, configs: np.ndarray) -> np.ndarray:
-        """Return the score of each configuration (N, S), shape (N,)."""
+        """Return the score of each configuration (N, S), shape (N,).
+
+        Raises:
+            GenotypeSyntaxError: it is no genotype.
+            InvalidScoreError: its scores hold NaN or infinity.
+            ConfigLengthError, InvalidBitsError: see :func:`emq_lib.core.costs.choice_indices`.
+        """
         return score(self.scores(genotype), configs, self.choices, aggregation=genotype.aggregation)
 
     def _value(self, genotype: Genotype) -> Value:
         if genotype.structure == "sequential":
             (name,), (chain,) = genotype.inputs, genotype.chains
-            return self._batched_chain((name,), _reduced(chain)) or self._chain(name, chain)
+            return self._batched_chain((name,), reduced(chain)) or self._chain(name, chain)
         if genotype.structure == "branched":
             *branches, last = genotype.chains
-            value = self._batched_chain(_joined(genotype), _reduced(last))
+            value = self._batched_chain(joined(genotype), reduced(last))
             if value is None:
                 one, two = (
                     self._batched_chain((name,), chain) or self._chain(name, chain)
@@ -219,19 +197,19 @@ class Evaluator:
         function = unary.released if self._mode == "released" and unary.released else unary.function
         if unary.result == "element":
             return replace(value, data=function(value.data))
-        if not value.pairs:
+        if value.of != "pairs":
             parts = [function(layer, count) for layer, count in zip(value.layers(), value.counts, strict=True)]
-            return Value.of(parts, value.counts if unary.result == "layer" else None)
+            return Value.joined(parts, value.counts if unary.result == "layer" else None, value.of)
         if unary.result == "number":
             return self._over_others(value, function)
         (matrix,) = value.layers()
         return replace(value, data=function(matrix, value.counts[0]).flatten(1))
 
     def _over_others(self, value: Value, function: Callable[[Tensor, int], Tensor]) -> Value:
-        """Reduce pairs to a number per layer and width: average over the other layer's widths, then reduce.
+        """Reduce pairs to a number per slot and width: average over the other slot's widths, then reduce.
 
-        A pair stands twice in the matrix, so its entries count twice; on the diagonal stands a layer alone. The sum is
-        then the expected score of a layer at a width, whatever the others do.
+        A pair stands twice in the matrix, so its entries count twice; on the diagonal stands a slot alone. The sum is
+        then the expected score of a slot at a width, whatever the others do.
         """
         choices = len(self.choices)
         matrix = value.data.view(self.slots * choices, self.slots, choices)
@@ -240,22 +218,31 @@ class Evaluator:
         options = torch.arange(len(own), device=matrix.device)
         others[options, own] = value.data.view(value.shapes[0]).diagonal()
         numbers = function(others[:, None, :], self.slots).reshape(self.slots, choices)
-        return self._of_slots(numbers)
+        return Value.numbers(numbers.T, "slots")
 
     def _binary(self, name: str, one: Value, two: Value) -> Value:
         binary = BINARIES[name]
-        if one.shapes != two.shapes or one.pairs != two.pairs:
+        if (one.of, one.shapes) != (two.of, two.shapes):
             one, two = self._means(one), self._means(two)
+        if one.of != two.of:
+            one, two = self._slots(one), self._slots(two)
         if binary.result == "element":
             return replace(one, data=binary.function(one.data, two.data))
         parts = [binary.function(x, y) for x, y in zip(one.layers(), two.layers(), strict=True)]
-        if one.pairs:
+        if one.of == "pairs":
             return replace(one, data=parts[0].flatten(1).expand(1, one.data.shape[1]))
-        return Value.of(parts)
+        return Value.joined(parts, of=one.of)
 
     def _means(self, value: Value) -> Value:
-        """Return one number per layer."""
-        return self._unary("mean", value) if value.pairs or set(value.shapes) != {(1, 1)} else value
+        """Return one number per layer, or per slot of what is known of slots or their pairs."""
+        return self._unary("mean", value) if value.of == "pairs" or set(value.shapes) != {(1, 1)} else value
+
+    def _slots(self, value: Value) -> Value:
+        """Return one number per slot, those of its layers added up."""
+        if value.of == "slots":
+            return value
+        summed = value.data.new_zeros(len(value.data), self.slots)
+        return Value.numbers(summed.index_add_(1, self._slot_of, value.data), "slots")
 
     def input(self, name: str) -> Value:
         """Return an input's value."""
@@ -267,22 +254,29 @@ class Evaluator:
         statistics = self._statistics
         if len(name) == 2:
             plain = self.input(name[1])
-            bits = torch.tensor(self.choices, dtype=torch.float32, device=self._device)[:, None]
-            return replace(plain, data=bits * plain.data)
+            return replace(plain, data=self._row(self.choices).T * plain.data)
         if name in PAIRS:
             matrix = -clado(statistics) if name == "P" else -added_logit_changes(statistics)
-            data = torch.from_numpy(matrix).float().to(self._device).reshape(1, -1)
-            return Value(data, (matrix.shape,), (matrix.size,), pairs=True)
-        per_layer = {
-            "b": lambda: np.repeat(np.array(self.choices)[:, None], len(statistics.names), axis=1),
-            "n": lambda: statistics.parameters[None],
-            "T": lambda: (statistics.trace / statistics.parameters)[None],
-            "O": lambda: statistics.output_error.T,
+            return Value(self._row(matrix.ravel()), (matrix.shape,), (matrix.size,), "pairs")
+        of_slots = {
+            "b": lambda: np.repeat([self.choices], self.slots, axis=0),
+            "K": lambda: statistics.kl,
+            "L": lambda: statistics.loss,
         }
-        if name in per_layer:
-            return self._of_layers(per_layer[name]())
-        if name in ("K", "L"):
-            return self._of_slots(torch.tensor(statistics.kl if name == "K" else statistics.loss))
+        if name in of_slots:
+            return Value.numbers(self._tensor(of_slots[name]()).T, "slots")
+        of_layers = {
+            "n": lambda: self._row(statistics.parameters),
+            "T": lambda: self._row(statistics.trace / statistics.parameters),
+            "O": lambda: self._tensor(statistics.output_error).T,
+        }
+        if name in of_layers:
+            return Value.numbers(of_layers[name]())
+        return self._elements(name)
+
+    def _elements(self, name: str) -> Value:
+        """Return an input that has many numbers per layer."""
+        statistics = self._statistics
         tensors: Sequence[Tensor] = {
             "W": lambda: [sampled(w)[None] for w in statistics.weights],
             "E": lambda: [sampled(e) for e in statistics.errors],
@@ -294,13 +288,11 @@ class Evaluator:
             "C": lambda: [c[None] / (2 * c.shape[1]) ** 0.5 for c in statistics.channel_products],
         }[name]()
         counts = None if name in ("A", "C") else statistics.parameters.tolist()
-        return Value.of([tensor.float().to(self._device) for tensor in tensors], counts)
+        return Value.joined([tensor.float().to(self._device) for tensor in tensors], counts)
 
-    def _of_layers(self, rows: np.ndarray) -> Value:
-        data = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32)).to(self._device)
-        return Value(data, ((1, 1),) * data.shape[1], (1,) * data.shape[1])
+    def _tensor(self, numbers: np.ndarray | Sequence) -> Tensor:
+        return torch.tensor(np.asarray(numbers, dtype=np.float32), device=self._device)
 
-    def _of_slots(self, table: Tensor) -> Value:
-        """Share what is known of a slot (S, B) equally among its layers."""
-        rows = table.to(self._device).T[:, self._slot_of] / self._slot_of.bincount()[self._slot_of]
-        return Value(rows.float(), ((1, 1),) * rows.shape[1], (1,) * rows.shape[1])
+    def _row(self, numbers: np.ndarray | Sequence) -> Tensor:
+        """Return numbers as one row, (1, N)."""
+        return self._tensor(numbers)[None]

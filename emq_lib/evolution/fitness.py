@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 import numpy as np
 
+from emq_lib.core.costs import choice_indices
 from emq_lib.core.errors import CorruptArtefactError, InvalidParameterError
 from emq_lib.core.journal import Journal
 from emq_lib.evolution.evaluator import Evaluator
 from emq_lib.evolution.genotypes import Genotype, canonical, parse
-from emq_lib.evolution.spaces import Space
+from emq_lib.evolution.spaces import Space, require_rng
+from emq_lib.proxies.checks import real_number, real_numbers, whole_number
 from emq_lib.proxies.ranking import MINIMUM, fitness_many
 from emq_lib.proxies.scores import SEPARABLE, is_table, score
 
 ATTEMPTS = 400  # draws after which a valid random genotype is given up
+# How fitness on several problems is put together.
+ACROSS: Mapping[str, Callable[[Sequence[float]], float]] = {
+    "mean": np.mean,
+    "worst": np.min,
+    "stable": lambda found: np.mean(found) - np.std(found),
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,10 @@ class Problem:
             mean of rho among the best 20, 50 and 100 % of all.
 
     Raises:
-        InvalidParameterError: fewer than 30 configurations.
+        InvalidParameterError: no evaluator, fewer than 30 configurations, another number of accuracies, accuracies that
+            are all the same, or groups of other configurations or of fewer than three.
+        InvalidScoreError: an accuracy is NaN, infinite or no number.
+        ConfigLengthError, InvalidBitsError: configurations of another network.
     """
 
     evaluator: Evaluator
@@ -40,21 +52,58 @@ class Problem:
     groups: tuple[np.ndarray, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Check the number of configurations."""
-        if len(self.configs) < MINIMUM:
-            raise InvalidParameterError(f"fitness needs {MINIMUM} configurations or more, got {len(self.configs)}.")
+        """Check that configurations and accuracies belong together and can be ranked."""
+        if not isinstance(self.evaluator, Evaluator):
+            raise InvalidParameterError(f"a problem needs an Evaluator, got {self.evaluator!r:.80}.")
+        count = len(choice_indices(self.configs, self.evaluator.choices, self.evaluator.slots))
+        if count < MINIMUM:
+            raise InvalidParameterError(f"fitness needs {MINIMUM} configurations or more, got {count}.")
+        accuracy = real_numbers(self.accuracy, "accuracies", ndim=1)
+        if len(accuracy) != count:
+            raise InvalidParameterError(f"{count} configurations need as many accuracies, got {len(accuracy)}.")
+        if np.ptp(accuracy) == 0:
+            raise InvalidParameterError("all configurations are equally accurate, so nothing can be ranked.")
+        for group in () if self.groups is None else self.groups or ((),):
+            members = np.unique(group)
+            if members.dtype.kind not in "iu" or len(members) < 3 or members[0] < 0 or members[-1] >= count:
+                raise InvalidParameterError(f"a group needs three of the {count} configurations, got {group!r:.80}.")
 
     def inside_sizes(self, sizes: np.ndarray, bins: int) -> Problem:
-        """Return the problem of ranking configurations of similar size: so many bins of equally many."""
+        """Return the problem of ranking configurations of similar size: so many bins of equally many.
+
+        Args:
+            sizes: shape (N,).
+            bins: how many.
+
+        Raises:
+            InvalidScoreError: a size is NaN, infinite or no number.
+            InvalidParameterError: another number of sizes, or bins of fewer than three configurations.
+        """
+        bins = whole_number(bins, "the number of bins", 1)
+        if len(real_numbers(sizes, "sizes", ndim=1)) != len(self.configs) or 3 * bins > len(self.configs):
+            raise InvalidParameterError(
+                f"{len(self.configs)} configurations need as many sizes, and three or more in each bin; got "
+                f"{len(sizes)} and {bins} bins."
+            )
         return replace(self, groups=tuple(np.array_split(np.argsort(sizes, kind="stable"), bins)))
 
     def resampled(self, times: int, *, rng: np.random.Generator) -> list[Problem]:
-        """Return so many problems of half the configurations each, against fitting a formula to all of them."""
+        """Return so many problems of half the configurations each, against fitting a formula to all of them.
+
+        Raises:
+            InvalidParameterError: no number of times, no source of randomness, or halves of fewer than 30.
+        """
+        require_rng(rng)
+        whole_number(times, "the number of halves", 1)
         halves = [rng.permutation(len(self.configs))[: len(self.configs) // 2] for _ in range(times)]
         return [replace(self, configs=self.configs[half], accuracy=self.accuracy[half]) for half in halves]
 
     def fitness(self, scores: np.ndarray) -> float:
-        """Return the fitness of the scores (N,); NaN where they rank nothing."""
+        """Return the fitness of the scores (N,); NaN where they rank nothing.
+
+        Raises:
+            InvalidScoreError: another number of scores.
+        """
         if self.groups is None:
             return float(fitness_many(scores[None], self.accuracy)[0])
         inside = [fitness_many(scores[None, group], self.accuracy[group], (100,))[0] for group in self.groups]
@@ -63,7 +112,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Individual:
-    """A genotype with its fitness and the fingerprint of the order in which it ranks the configurations."""
+    """A genotype that was judged.
+
+    Attributes:
+        genotype: with all its genes, those that do nothing too.
+        fitness: on the search half.
+        fingerprint: of the order in which it ranks the configurations.
+    """
 
     genotype: Genotype
     fitness: float
@@ -88,7 +143,9 @@ class Judgements:
         self._journal, self._known = journal, {}
         for number, line in enumerate(journal.lines, start=2):
             try:
-                self._known[line["genotype"]] = self._read(line)
+                found = self._read(line)
+                if self._known.setdefault(line["genotype"], found) != found:
+                    raise ValueError("it differs from an earlier one")
             except (KeyError, TypeError, ValueError) as error:
                 raise CorruptArtefactError(
                     f"{journal.path}, line {number}, is no judgement ({error}). Delete the file to start afresh."
@@ -97,7 +154,7 @@ class Judgements:
     @staticmethod
     def _read(line: Mapping) -> Individual | None:
         genotype, fitness, fingerprint = parse(line["genotype"]), line["fitness"], line["fingerprint"]
-        if fitness is None:
+        if fitness is None and fingerprint is None:
             return None
         if not (isinstance(fitness, float) and np.isfinite(fitness) and isinstance(fingerprint, str)):
             raise ValueError(f"fitness {fitness!r}, fingerprint {fingerprint!r}")
@@ -109,7 +166,11 @@ class Judgements:
         return key in self._known, self._known.get(key)
 
     def append(self, genotype: Genotype, found: Individual | None) -> None:
-        """Write a judgement."""
+        """Write a judgement.
+
+        Raises:
+            DiskFullError, UnwritablePathError: see :meth:`emq_lib.core.journal.Journal.append`.
+        """
         fitness, fingerprint = (found.fitness, found.fingerprint) if found else (None, None)
         self._journal.append({"genotype": str(genotype), "fitness": fitness, "fingerprint": fingerprint})
 
@@ -128,22 +189,47 @@ class Judge:
             needs it.
         screening: whether equivalent candidates are recognized; rejection of broken ones is always on.
         journal: where judgements are kept.
+
+    Attributes:
+        evaluations: candidates whose fitness was computed.
+        rejected: candidates that were turned away before.
+        duplicates: candidates that were recognized.
+
+    Raises:
+        InvalidParameterError: no problems, another way to put them together, or a penalty that is no finite number of 0
+            or more.
     """
 
     problems: Sequence[Problem]
     across: str = "mean"
+    _: KW_ONLY
     penalty: float = 0.0
     separable: bool = False
     rising: bool = False
     screening: bool = True
     journal: Judgements | None = None
-    evaluations: int = 0
-    rejected: int = 0
-    duplicates: int = 0
-    _known: dict[Genotype, Individual | None] = field(default_factory=dict)
+    evaluations: int = field(default=0, init=False)
+    rejected: int = field(default=0, init=False)
+    duplicates: int = field(default=0, init=False)
+    _known: dict[Genotype, Individual | None] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check what fitness is made of."""
+        several = isinstance(self.problems, Sequence) and all(isinstance(one, Problem) for one in self.problems)
+        if not several or not self.problems:
+            raise InvalidParameterError(f"a judge needs a list of one Problem or more, got {self.problems!r:.80}.")
+        if not (isinstance(self.across, str) and self.across in ACROSS):
+            raise InvalidParameterError(f"unknown way {self.across!r:.80} across problems; known: {', '.join(ACROSS)}.")
+        if self.penalty != 0:
+            real_number(self.penalty, "the penalty of an operation", 0, math.inf)
 
     def judge(self, genotype: Genotype) -> Individual | None:
-        """Return the candidate with its fitness, or None if its scores are not finite or rank nothing."""
+        """Return the candidate with its fitness, or None if its scores are not finite or rank nothing.
+
+        Raises:
+            GenotypeSyntaxError: it is no genotype.
+            DiskFullError, UnwritablePathError: the journal cannot be written.
+        """
         key = canonical(genotype)
         if self.screening and key in self._known:
             self.duplicates += 1
@@ -162,7 +248,7 @@ class Judge:
         return replace(found, genotype=genotype)
 
     def judge_many(self, genotypes: Sequence[Genotype]) -> list[Individual | None]:
-        """Return what :meth:`judge` does of each, evaluated together as far as the evaluators can."""
+        """Return what :meth:`judge` does of each, evaluated together as far as the evaluators can. Errors: as there."""
         for evaluator in dict.fromkeys(problem.evaluator for problem in self.problems):
             evaluator.prepare(genotypes)
         return list(map(self.judge, genotypes))
@@ -184,18 +270,20 @@ class Judge:
             scores = score(table, problem.configs, evaluator.choices, aggregation=genotype.aggregation)
             order.update(np.argsort(scores, kind="stable").astype(np.int32).tobytes())
             found.append(problem.fitness(scores))
-        fitness = {"mean": np.mean, "worst": np.min, "stable": lambda x: np.mean(x) - np.std(x)}[self.across](found)
-        fitness = float(fitness - self.penalty * genotype.complexity)
+        fitness = float(ACROSS[self.across](found) - self.penalty * genotype.complexity)
         return Individual(genotype, fitness, order.hexdigest()) if np.isfinite(fitness) else None
 
     def newcomer(self, space: Space, rng: np.random.Generator, taken: Iterable[str] = ()) -> Individual:
         """Return the first drawn candidate that is valid and ranks unlike those taken.
 
         Raises:
-            InvalidParameterError: none of 400 draws is; the statistics are probably constant.
+            InvalidParameterError: none of 400 draws is: the statistics are constant, or the space is too small.
         """
         for _ in range(ATTEMPTS):
             candidate = self.judge(space.random(rng))
             if candidate is not None and candidate.fingerprint not in taken:
                 return candidate
-        raise InvalidParameterError(f"none of {ATTEMPTS} random genotypes is valid; look at the statistics.")
+        raise InvalidParameterError(
+            f"none of {ATTEMPTS} random genotypes is valid and ranks unlike those that are there; look at the "
+            "statistics, or search a larger space."
+        )

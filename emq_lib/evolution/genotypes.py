@@ -10,8 +10,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from emq_lib.core.errors import GenotypeSyntaxError
-from emq_lib.evolution.primitives import _GEOMETRY, BINARIES, COMMUTATIVE, INPUTS, PAIRS, STRUCTURES, UNARIES
+from emq_lib.evolution.primitives import (
+    BINARIES,
+    COMMUTATIVE,
+    GEOMETRY,
+    INPUT_COUNT,
+    INPUTS,
+    PAIRS,
+    STRUCTURES,
+    UNARIES,
+)
 from emq_lib.proxies.scores import AGGREGATIONS
+
+LONGEST = 64  # functions of a genotype; the paper's structures have nine at most
+_LONGEST_TEXT = 2_000  # characters
 
 
 @dataclass(frozen=True)
@@ -26,6 +38,10 @@ class Genotype:
         chains: unaries: one chain; one per branch and the last; one per node.
         binary: of a branched genotype.
         aggregation: how layers are combined, a key of :data:`~emq_lib.proxies.scores.AGGREGATIONS`.
+
+    Raises:
+        GenotypeSyntaxError: an unknown name, a number of inputs or chains that the structure does not have, or more
+            than 64 functions.
     """
 
     structure: str
@@ -33,6 +49,24 @@ class Genotype:
     chains: tuple[tuple[str, ...], ...]
     binary: str | None = None
     aggregation: str = "sum"
+
+    def __post_init__(self) -> None:
+        """Check the names and how many there are."""
+        require_names("structure", (self.structure,), STRUCTURES)
+        require_names("input", self.inputs, INPUTS)
+        require_names("aggregation", (self.aggregation,), AGGREGATIONS)
+        require_names("binary", () if self.binary is None else (self.binary,), BINARIES)
+        if not isinstance(self.chains, tuple):
+            raise GenotypeSyntaxError(f"chains of functions must be tuples, got {self.chains!r:.80}.")
+        for chain in self.chains:
+            require_names("unary", chain, UNARIES)
+        require_lengths(self.structure, tuple(map(len, self.chains)))
+        if len(self.inputs) != INPUT_COUNT[self.structure]:
+            raise GenotypeSyntaxError(
+                f"a {self.structure} genotype reads {INPUT_COUNT[self.structure]}, got {', '.join(self.inputs) or 0}."
+            )
+        if (self.binary is not None) != (self.structure == "branched"):
+            raise GenotypeSyntaxError(f"a {self.structure} genotype with {self.binary!r} as its binary.")
 
     def __str__(self) -> str:
         """Return the text form, which :func:`parse` reads back."""
@@ -60,8 +94,57 @@ class Genotype:
         return tuple(sorted({key for name in self.inputs for key in INPUTS[name].reads}))
 
 
+def require_names(what: str, names: tuple[str, ...], known: Sequence[str] | Mapping[str, object]) -> None:
+    """Check that all names are known.
+
+    Raises:
+        GenotypeSyntaxError: one is not, or the names are no tuple.
+    """
+    if not isinstance(names, tuple):
+        raise GenotypeSyntaxError(f"names of each {what} must be a tuple, got {names!r:.80}.")
+    unknown = [name for name in names if not (isinstance(name, str) and name in known)]
+    if unknown:
+        raise GenotypeSyntaxError(f"unknown {what} {unknown[:3]!r:.200}; there are {', '.join(known)}.")
+
+
+def require_lengths(structure: str, lengths: tuple[int, ...]) -> None:
+    """Check how many unaries the chains of a genotype have.
+
+    Raises:
+        GenotypeSyntaxError: the structure has another number of chains, a chain is empty, a node of a DAG does not have
+            one unary for each input and earlier node, or there are more than 64 in all.
+    """
+    nodes = tuple(range(2, 2 + len(lengths)))
+    fits = {
+        "sequential": len(lengths) == 1,
+        "branched": len(lengths) == 3,
+        "dag": len(lengths) > 0 and lengths == nodes,
+    }[structure]
+    if not fits or min(lengths) < 1:
+        raise GenotypeSyntaxError(
+            f"chains of {lengths[:9]} unaries make no {structure} genotype: a sequential one has one chain, a branched "
+            "one three, a node of a DAG one unary for each input and earlier node."
+        )
+    if sum(lengths) > LONGEST:
+        raise GenotypeSyntaxError(f"a genotype of {sum(lengths):,} functions; there may be {LONGEST} at most.")
+
+
+def require_genotype(genotype: Genotype) -> Genotype:
+    """Return a genotype as it is.
+
+    Raises:
+        GenotypeSyntaxError: it is none.
+    """
+    if not isinstance(genotype, Genotype):
+        raise GenotypeSyntaxError(f"a Genotype is needed, got {genotype!r:.80}; parse(text) makes one of a text form.")
+    return genotype
+
+
 def parse(text: str) -> Genotype:
     """Return the genotype of a text form.
+
+    Args:
+        text: up to 2,000 characters.
 
     Raises:
         GenotypeSyntaxError: the text is not a genotype; the message gives the position and what is expected there.
@@ -69,6 +152,10 @@ def parse(text: str) -> Genotype:
     >>> str(parse("branched(product; H: no_op; E: pow2; sum, negate)"))
     'branched(product; H: no_op; E: pow2; sum, negate)'
     """
+    if not isinstance(text, str) or len(text) > _LONGEST_TEXT:
+        raise GenotypeSyntaxError(
+            f"a genotype is a text of {_LONGEST_TEXT:,} characters at most, got {type(text).__name__}: {text!r:.80}."
+        )
     tokens = [(match.start(), match.group()) for match in re.finditer(r"\w+|[^\w\s]", text)] + [(len(text), "")]
     position = 0
 
@@ -128,7 +215,7 @@ def parse(text: str) -> Genotype:
 def without_each_term(genotype: Genotype) -> dict[str, Genotype]:
     """Return what is left of a formula without one of its operations or one of its branches, and what is missing."""
     left = {}
-    for place, chain in enumerate(genotype.chains):
+    for place, chain in enumerate(require_genotype(genotype).chains):
         for step, unary in enumerate(chain):
             if unary != "no_op":
                 shorter = (*chain[:step], "no_op", *chain[step + 1 :])
@@ -156,8 +243,11 @@ def canonical(genotype: Genotype) -> Genotype:
     Identities used: no_op does nothing; a mean, sum, maximum, minimum or median of one number is that number; abs,
     relu and leaky_relu leave alone what is not negative; some unaries repeat without effect; two negations cancel; some
     binaries do not depend on the order of their branches. A DAG keeps its edges.
+
+    Raises:
+        GenotypeSyntaxError: it is no genotype.
     """
-    if genotype.structure == "dag":
+    if require_genotype(genotype).structure == "dag":
         return genotype
     *branches, last = genotype.chains if genotype.structure == "branched" else (*genotype.chains, ())
     pairs = any(name in PAIRS for name in genotype.inputs)
@@ -196,7 +286,8 @@ def _without_last_mean(chain: tuple[str, ...], *, pairs: bool) -> tuple[str, ...
     return chain if pairs or chain[-1] != "mean" else chain[:-1] or ("no_op",)
 
 
-# Hand-made proxies that are points of the space.
+# Hand-made proxies that are points of the space: the same scores as by hand, up to what a sample of the weights of
+# large layers says of all of them.
 KNOWN: Mapping[str, Genotype] = {
     name: parse(text)
     for name, text in {
@@ -257,18 +348,19 @@ def to_latex(genotype: Genotype) -> str:
         template = BINARIES[short.binary].latex or rf"\operatorname{{{short.binary.replace('_', '')}}}(@, @)"
         one, two = (rf"\left({part}\right)" if " " in part and "frac" not in template else part for part in parts)
         formula = chained(template.replace("@", one, 1).replace("@", two, 1), short.chains[2])
-        kind = "number" if _ends_in_number(short.chains[2]) else kind
+        kind = "number" if ends_in_number(short.chains[2]) else kind
     total = r"S = \sum_{l, l'} " if kind == "pairs" and genotype.aggregation == "sum" else _TOTALS[genotype.aggregation]
     return total + (formula if kind in ("number", "pairs") else rf"\overline{{{formula}}}")
 
 
-def _ends_in_number(chain: Sequence[str]) -> bool:
+def ends_in_number(chain: Sequence[str]) -> bool:
+    """Return whether a chain of unaries comes to one number per layer."""
     return any(UNARIES[unary].result == "number" for unary in chain)
 
 
 def _kind(name: str, chain: Sequence[str]) -> str:
     """Return what a chain on an input gives for each layer: one "number", or many, of which kind."""
-    return "number" if _ends_in_number(chain) else _GEOMETRY.get(name[-1], "weights")
+    return "number" if ends_in_number(chain) else GEOMETRY.get(name[-1], "weights")
 
 
 _TOTALS = {

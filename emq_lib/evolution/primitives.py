@@ -252,6 +252,8 @@ COMMUTATIVE += ("maximum", "minimum")
 # from each input and earlier node.
 CHAINS: Mapping[str, tuple[int, ...]] = {"sequential": (4,), "branched": (2, 2, 2), "dag": (2, 3, 4)}
 STRUCTURES = tuple(CHAINS)
+INPUT_COUNT: Mapping[str, int] = {"sequential": 1, "branched": 2, "dag": 2}
 FACTOR = tuple(name for name, entry in INPUTS.items() if entry.family == "factor")
 ERROR = tuple(name for name, entry in INPUTS.items() if entry.family in ("network", "error", "count"))
-_GEOMETRY = {"A": "inputs", "C": "channels"} | dict.fromkeys("bnTOKL", "number") | dict.fromkeys(PAIRS, "pairs")
+# What an input holds for each layer, the letter b in front of it aside: all others have the geometry of the weights.
+GEOMETRY = {"A": "inputs", "C": "channels"} | dict.fromkeys("bnTOKL", "number") | dict.fromkeys(PAIRS, "pairs")

@@ -1,4 +1,4 @@
-"""The evolutionary search for proxies: screening, fitness, the loop, its controls, and the log.
+"""The evolutionary search for proxies: the loop, its control, and its variant for several goals.
 
 After EMQ (Dong et al. 2023): parents from the better half, crossover, mutation, diversity-prompting selection, early
 rejection and an equivalence check. Explained in chapter 03.
@@ -14,9 +14,10 @@ import numpy as np
 
 from emq_lib.core.errors import InvalidParameterError
 from emq_lib.core.profiles import EvolutionBudget
-from emq_lib.evolution.fitness import Individual, Judge
+from emq_lib.evolution.fitness import ATTEMPTS, Individual, Judge
 from emq_lib.evolution.genotypes import Genotype
-from emq_lib.evolution.spaces import Space, cross
+from emq_lib.evolution.spaces import Space, cross, require_probability, require_rng
+from emq_lib.proxies.checks import whole_number
 
 PARENTS = 0.5  # share of the population that may become parents
 CROSSOVER = MUTATION = GENES = 0.5  # of children that are crossed, of children and of their genes that are mutated
@@ -83,9 +84,14 @@ def evolve(
         the state after the initial populations and after every iteration.
 
     Raises:
-        InvalidParameterError: islands of fewer than four.
+        InvalidParameterError: islands of fewer than four, numbers that are none or out of range, no source of
+            randomness; or a space without enough valid formulas.
+        GenotypeSyntaxError: what is known is no genotype.
+        DiskFullError, UnwritablePathError: the judge's journal cannot be written.
     """
-    size = budget.population // islands
+    _check(judge, space, rng, budget)
+    require_probability(genes, "the share of genes")
+    size = budget.population // whole_number(islands, "the number of islands", 1)
     if size < 4:
         raise InvalidParameterError(f"{islands} islands of {budget.population} have {size} members; give each 4.")
     populations: list[list[Individual]] = []
@@ -112,6 +118,16 @@ def evolve(
         yield _state(iteration, judge, populations)
 
 
+def _check(judge: Judge, space: Space, rng: np.random.Generator, budget: EvolutionBudget | None = None) -> None:
+    for what, kind in ((judge, Judge), (space, Space)):
+        if not isinstance(what, kind):
+            raise InvalidParameterError(f"a search needs a {kind.__name__}, got {what!r:.80}.")
+    require_rng(rng)
+    if budget is not None:
+        whole_number(budget.population, "the population", 4)
+        whole_number(budget.iterations, "the number of iterations", 0)
+
+
 def _sorted(population: Iterable[Individual]) -> list[Individual]:
     return sorted(population, key=lambda member: -member.fitness)
 
@@ -133,14 +149,31 @@ def _enter(population: list[Individual], contestants: Sequence[Individual | None
 def random_search(judge: Judge, space: Space, *, evaluations: int, rng: np.random.Generator) -> Iterator[Generation]:
     """Draw random genotypes until as many were evaluated as an evolution did: the control for it.
 
+    It ends early when 400 draws in a row bring nothing new: it has then seen the space.
+
+    Args:
+        judge: fitness and screening.
+        space: what genotypes are drawn from.
+        evaluations: how many.
+        rng: source of randomness.
+
     Yields:
-        the state after every evaluated genotype; the population is the best one alone.
+        the state after every valid genotype; the population is the best one alone.
+
+    Raises:
+        InvalidParameterError: no number of evaluations, no source of randomness, or a space without valid formulas.
+        DiskFullError, UnwritablePathError: the judge's journal cannot be written.
     """
+    _check(judge, space, rng)
+    whole_number(evaluations, "the number of evaluations", 0)
     best: list[Individual] = []
+    known = 0  # draws in a row that were known
     for iteration in itertools.count():
-        if judge.evaluations >= evaluations:
+        before = judge.evaluations
+        if before >= evaluations or known == ATTEMPTS:
             return
         best = _sorted([judge.newcomer(space, rng), *best])[:1]
+        known = known + 1 if judge.evaluations == before else 0
         yield _state(iteration, judge, [best])
 
 
@@ -163,11 +196,17 @@ def evolve_front(
         space: what genotypes are drawn from.
         budget: population and iterations.
         rng: source of randomness.
-        cost: seconds of the statistics that a genotype reads.
+        cost: of the statistics that a genotype reads.
 
     Yields:
         the state after the initial population and after every generation of children.
+
+    Raises:
+        InvalidParameterError: numbers that are none or out of range, no source of randomness, a cost that is not
+            finite; or a space without enough valid formulas.
+        DiskFullError, UnwritablePathError: the judge's journal cannot be written.
     """
+    _check(judge, space, rng, budget)
 
     def goals(member: Individual) -> tuple[float, float, float]:
         return -member.fitness, cost(member.genotype), member.genotype.complexity
@@ -175,6 +214,8 @@ def evolve_front(
     def ranked(members: list[Individual]) -> tuple[list[Individual], int]:
         """Sort by front and crowding; return how many are in the first front."""
         values = np.array([goals(member) for member in members])
+        if not np.isfinite(values).all():
+            raise InvalidParameterError("the cost of a formula is NaN or infinite.")
         fronts = non_dominated_fronts(values)
         order = [index for front in fronts for index in front[np.argsort(-_crowding(values[front]), kind="stable")]]
         return [members[index] for index in order], len(fronts[0])
@@ -240,7 +281,7 @@ def _state(
 
 
 def improvements(generations: Iterator[Generation]) -> list[Generation]:
-    """Return the generations whose best is better than before, and the last one."""
+    """Return the generations whose best is better than before, and the last one; none of none."""
     kept: list[Generation] = []
     last = None
     for last in generations:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import numbers
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from emq_lib.core.errors import GenotypeSyntaxError
-from emq_lib.evolution.genotypes import Genotype
-from emq_lib.evolution.primitives import BINARIES, CHAINS, INPUTS, STRUCTURES, UNARIES, Binary, Unary
+from emq_lib.core.errors import GenotypeSyntaxError, InvalidParameterError
+from emq_lib.evolution.genotypes import Genotype, require_genotype, require_lengths, require_names
+from emq_lib.evolution.primitives import BINARIES, CHAINS, INPUT_COUNT, INPUTS, STRUCTURES, UNARIES, Binary, Unary
+from emq_lib.proxies.checks import whole_number
 from emq_lib.proxies.scores import AGGREGATIONS
 
 
@@ -26,6 +28,9 @@ class Space:
         binaries: keys of :data:`BINARIES`.
         chains: lengths of the chains of unaries; None: those of the paper.
         prioritized: draw operations by their weights instead of uniformly.
+
+    >>> Space("sequential", inputs=("W", "E"), unaries=("abs", "log"), chains=(3,)).size
+    16
     """
 
     structure: str
@@ -37,10 +42,11 @@ class Space:
     prioritized: bool = True
 
     def __post_init__(self) -> None:
-        """Check the names.
+        """Check the names and the lengths of the chains.
 
         Raises:
-            GenotypeSyntaxError: an unknown structure, input, aggregation or operation.
+            GenotypeSyntaxError: an unknown structure, input, aggregation or operation, or one that stands twice; chains
+                that the structure does not have.
         """
         for what, names, known in (
             ("structure", (self.structure,), STRUCTURES),
@@ -49,34 +55,44 @@ class Space:
             ("unary", self.unaries, UNARIES),
             ("binary", self.binaries, BINARIES),
         ):
-            unknown = [name for name in names if name not in known]
-            if unknown or not names:
-                raise GenotypeSyntaxError(f"unknown {what} {unknown or names}; there are {', '.join(known)}.")
+            require_names(what, names, known)
+            if not names or len(set(names)) < len(names):
+                raise GenotypeSyntaxError(f"a space needs names of each {what}, each of them once, got {names}.")
+        if not isinstance(self._chains, tuple):
+            raise GenotypeSyntaxError(f"lengths of chains must be a tuple, got {self.chains!r:.80}.")
+        for length in self._chains:
+            whole_number(length, "the length of a chain", 1)
+        require_lengths(self.structure, self._chains)
 
     @property
     def size(self) -> int:
         """Number of genotypes, equivalent ones included."""
-        inputs = len(self.inputs) ** (1 if self.structure == "sequential" else 2)
+        inputs = len(self.inputs) ** INPUT_COUNT[self.structure]
         binaries = len(self.binaries) if self.structure == "branched" else 1
         return inputs * len(self.unaries) ** sum(self._chains) * binaries * len(self.aggregations)
 
     def __iter__(self) -> Iterator[Genotype]:
         """Yield every genotype, equivalent ones included."""
-        count = 1 if self.structure == "sequential" else 2
         binaries = self.binaries if self.structure == "branched" else (None,)
-        chains = itertools.product(*(itertools.product(self.unaries, repeat=length) for length in self._chains))
-        inputs = itertools.product(self.inputs, repeat=count)
-        for genes in itertools.product(inputs, chains, binaries, self.aggregations):
-            yield Genotype(self.structure, *genes)
+        for inputs in itertools.product(self.inputs, repeat=INPUT_COUNT[self.structure]):
+            for unaries in itertools.product(self.unaries, repeat=sum(self._chains)):  # never a list of all: it is long
+                genes = iter(unaries)
+                chains = tuple(tuple(itertools.islice(genes, length)) for length in self._chains)
+                for binary, aggregation in itertools.product(binaries, self.aggregations):
+                    yield Genotype(self.structure, inputs, chains, binary, aggregation)
 
     @property
     def _chains(self) -> tuple[int, ...]:
-        return self.chains or CHAINS[self.structure]
+        return CHAINS[self.structure] if self.chains is None else self.chains
 
     def random(self, rng: np.random.Generator) -> Genotype:
-        """Draw a genotype."""
-        count = 1 if self.structure == "sequential" else 2
-        inputs = tuple(self.inputs[rng.integers(len(self.inputs))] for _ in range(count))
+        """Draw a genotype.
+
+        Raises:
+            InvalidParameterError: no source of randomness.
+        """
+        require_rng(rng)
+        inputs = tuple(self.inputs[rng.integers(len(self.inputs))] for _ in range(INPUT_COUNT[self.structure]))
         chains = tuple(tuple(self._draw(self.unaries, UNARIES, rng) for _ in range(length)) for length in self._chains)
         binary = self._draw(self.binaries, BINARIES, rng) if self.structure == "branched" else None
         aggregation = self.aggregations[rng.integers(len(self.aggregations))]
@@ -86,19 +102,24 @@ class Space:
         """Return a genotype of this space with the same ranks, or None if it does not fit in.
 
         Chains are filled up with no_op; a chain on one input becomes the sum of two such branches.
+
+        Raises:
+            GenotypeSyntaxError: it is no genotype.
         """
+        lengths, chains = self._chains, require_genotype(genotype).chains
+        inputs, binary = genotype.inputs, genotype.binary
         if genotype.structure == "sequential" and self.structure == "branched":
-            chain = genotype.chains[0]
-            genotype = Genotype("branched", genotype.inputs * 2, (chain, chain, ("no_op",)), "sum")
-        lengths = self._chains
-        fits = (genotype.structure, len(genotype.chains)) == (self.structure, len(lengths))
-        fits = fits and set(genotype.inputs) <= set(self.inputs) and genotype.aggregation in self.aggregations
-        if not fits or any(len(chain) > length for chain, length in zip(genotype.chains, lengths, strict=True)):
+            inputs, chains, binary = inputs * 2, (*chains * 2, ("no_op",)), "sum"
+        elif genotype.structure != self.structure:
             return None
-        filled = (
-            chain + ("no_op",) * (length - len(chain)) for chain, length in zip(genotype.chains, lengths, strict=True)
+        if len(chains) != len(lengths) or any(map(int.__gt__, map(len, chains), lengths)):
+            return None
+        filled = tuple(
+            chain + ("no_op",) * (length - len(chain)) for chain, length in zip(chains, lengths, strict=True)
         )
-        return replace(genotype, chains=tuple(filled))
+        fits = set(inputs) <= set(self.inputs) and set(itertools.chain.from_iterable(filled)) <= set(self.unaries)
+        fits = fits and binary in (*self.binaries, None) and genotype.aggregation in self.aggregations
+        return Genotype(self.structure, inputs, filled, binary, genotype.aggregation) if fits else None
 
     def _draw(self, names: Sequence[str], primitives: Mapping[str, Unary | Binary], rng: np.random.Generator) -> str:
         if not self.prioritized:
@@ -107,12 +128,27 @@ class Space:
         return names[np.searchsorted(ends, rng.random() * ends[-1], side="right")]
 
     def mutate(self, genotype: Genotype, *, rng: np.random.Generator, probability: float = 0.5) -> Genotype:
-        """Return a copy in which each gene is drawn afresh with the given probability (the release uses one half)."""
+        """Return a copy in which each gene is drawn afresh with the given probability (the release uses one half).
+
+        Raises:
+            GenotypeSyntaxError: it is no genotype, or its structure is not the space's.
+            InvalidParameterError: a probability outside 0 to 1, or no source of randomness.
+        """
         return cross(genotype, self.random(rng), rng=rng, probability=probability)
 
 
 def cross(first: Genotype, second: Genotype, *, rng: np.random.Generator, probability: float = 0.5) -> Genotype:
-    """Return a genotype that takes each gene from the second parent with the given probability, else from the first."""
+    """Return a genotype that takes each gene from the second parent with the given probability, else from the first.
+
+    Raises:
+        GenotypeSyntaxError: a parent is no genotype, or their structures or the lengths of their chains differ.
+        InvalidParameterError: a probability outside 0 to 1, or no source of randomness.
+    """
+    require_rng(rng)
+    require_probability(probability, "the probability of taking a gene")
+    shapes = [(one.structure, *map(len, one.chains)) for one in map(require_genotype, (first, second))]
+    if shapes[0] != shapes[1]:
+        raise GenotypeSyntaxError(f"{first} and {second} have other structures or lengths, so genes do not correspond.")
 
     def gene(one: str | None, two: str | None) -> str | None:
         return two if rng.random() < probability else one
@@ -124,3 +160,26 @@ def cross(first: Genotype, second: Genotype, *, rng: np.random.Generator, probab
         gene(first.binary, second.binary),
         gene(first.aggregation, second.aggregation),
     )
+
+
+def require_rng(rng: np.random.Generator) -> None:
+    """Check that this is a source of randomness.
+
+    Raises:
+        InvalidParameterError: it is none.
+    """
+    if not isinstance(rng, np.random.Generator):
+        raise InvalidParameterError(
+            f"a numpy.random.Generator is needed, got {rng!r:.80}; default_rng(seed) makes one."
+        )
+
+
+def require_probability(value: float, what: str) -> None:
+    """Check that a number is a probability.
+
+    Raises:
+        InvalidParameterError: it is none.
+    """
+    known = isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
+    if not (known and 0 <= value <= 1):
+        raise InvalidParameterError(f"{what} must lie in 0 to 1, got {value!r:.60}.")

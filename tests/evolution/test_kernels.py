@@ -85,7 +85,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from emq_lib import kernels
+from emq_lib.evolution import kernels
 
 kernel = kernels._postfix_means
 kinds = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("rows", "choices", "found"), "*fp32")
