@@ -17,10 +17,10 @@ import torch
 from scipy.sparse.linalg import LinearOperator, eigsh, svds
 from torch import nn
 
+from emq_lib.core.checks import whole_number
 from emq_lib.core.datasets import Split
 from emq_lib.core.errors import UnsupportedModelError
 from emq_lib.core.graphs import is_piecewise_linear
-from emq_lib.proxies.checks import whole_number
 from emq_lib.proxies.gradients import (
     batches,
     cross_entropy_seed,

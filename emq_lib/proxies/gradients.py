@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from emq_lib.core.checks import whole_number
 from emq_lib.core.datasets import Split
 from emq_lib.core.errors import InvalidParameterError, UnsupportedModelError
 from emq_lib.core.graphs import pre_hooks
-from emq_lib.proxies.checks import whole_number
 
 
 def named_layers(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Conv2d | nn.Linear]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from emq_lib.core.checks import real_numbers
 from emq_lib.core.errors import InvalidScoreError
 from emq_lib.proxies.layer_statistics import SALIENCIES, LayerStatistics
 from emq_lib.proxies.released import QE_RATIOS, align
@@ -62,11 +63,11 @@ def score_table(name: str, statistics: LayerStatistics) -> np.ndarray:
         float64 array of shape (S, B), or (S B, S B).
 
     Raises:
-        InvalidScoreError: unknown proxy, wrong shape, a NaN or an infinity, or the same entry everywhere.
+        InvalidScoreError: unknown proxy, wrong shape, what is no finite real number, or the same score at every width.
     """
-    if name not in PROXIES:
+    if not isinstance(name, str) or name not in PROXIES:
         raise InvalidScoreError(f"Unknown proxy {name!r}; registered proxies: {', '.join(PROXIES)}.")
-    found = np.asarray(PROXIES[name].scores(statistics), dtype=np.float64)
+    found = real_numbers(PROXIES[name].scores(statistics), f"scores of proxy {name!r}", finite=False)
     layers, slots, choices = len(statistics.names), statistics.slot_count, len(statistics.choices)
     if found.shape not in {(slots, choices), (layers, choices), (slots * choices, slots * choices)}:
         raise InvalidScoreError(

@@ -12,21 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from emq_lib.core.checks import real_number, real_numbers, whole_number
 from emq_lib.core.errors import InvalidParameterError, InvalidScoreError
-from emq_lib.proxies.ranking import (
-    MINIMUM,
-    _checked,
-    _checked_covariates,
-    _count,
-    _partial_of_counts,
-    _rank_function,
-    _within,
-    partial_rho,
-    regret,
-    rho_at,
-)
-
-_BLOCK = 500_000  # numbers that a block of resamples may hold
+from emq_lib.proxies.counts import partial_of_counts, rho_of_counts
+from emq_lib.proxies.ranking import checked_covariates, checked_pair, partial_rho, regret, rho_at, within_budget
+from emq_lib.proxies.resampling import draw, resample, tails
 
 
 @dataclass(frozen=True)
@@ -69,7 +59,15 @@ class Comparison:
 
         The standard error falls with the root of n: n' = n ((z_level + z_power) se / difference)^2, in normal
         approximation. Infinite if there is no difference.
+
+        Args:
+            power: that probability.
+            level: coverage of the interval that is to lie off zero.
+
+        Raises:
+            InvalidParameterError: one of them is not inside 0 to 1.
         """
+        power, level = real_number(power, "the power", 0, 1), real_number(level, "the level", 0, 1)
         z = stats.norm.ppf((1 + level) / 2) + stats.norm.ppf(power)
         return self.n * (z * self.se / self.difference) ** 2 if self.difference else math.inf
 
@@ -123,9 +121,23 @@ def bootstrap_rho(
         InvalidParameterError: the share, the level or the number of resamples is not one.
     """
     value = rho_at(scores, accuracy, percent)
-    statistic = _rho_of_counts(scores, accuracy, percent)
-    found = _bootstrap(statistic, len(scores), resamples=resamples, rng=rng)
-    return RankEstimate(value, *_interval(found, level), len(scores), level)
+    statistic = rho_of_counts(*checked_pair(scores, accuracy), percent)
+    return _estimate(value, statistic, len(scores), resamples=resamples, level=level, rng=rng)
+
+
+def _estimate(
+    value: float,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    n: int,
+    *,
+    resamples: int,
+    level: float,
+    rng: np.random.Generator,
+    strata: Sequence[np.ndarray] = (),
+) -> RankEstimate:
+    tails(level)  # refuse a bad level before the work
+    found = resample(statistic, n, resamples=resamples, rng=rng, strata=strata)
+    return RankEstimate(value, *found.interval(level), n, level)
 
 
 def bootstrap(
@@ -153,14 +165,12 @@ def bootstrap(
     Raises:
         InvalidScoreError: see :func:`bootstrap_rho`; or what the statistic refuses.
     """
-    value = statistic(*_checked(scores, accuracy))
-    pair = np.stack([scores, accuracy])
+    pair = np.stack(checked_pair(scores, accuracy))
 
     def resampled(counts: np.ndarray) -> np.ndarray:
         return np.array([statistic(*np.repeat(pair, row, axis=1)) for row in counts])
 
-    found = _bootstrap(resampled, len(scores), resamples=resamples, rng=rng)
-    return RankEstimate(value, *_interval(found, level), len(scores), level)
+    return _estimate(statistic(*pair), resampled, pair.shape[1], resamples=resamples, level=level, rng=rng)
 
 
 def compare(
@@ -189,28 +199,26 @@ def compare(
         InvalidScoreError: see :func:`bootstrap_rho`.
     """
     difference = rho_at(first, accuracy, percent) - rho_at(second, accuracy, percent)
-    one, two = (_rho_of_counts(scores, accuracy, percent) for scores in (first, second))
-    found = _bootstrap(lambda counts: one(counts) - two(counts), len(accuracy), resamples=resamples, rng=rng)
-    return Comparison(difference, *_interval(found, 0.95), _p_value(found), float(found.draws.std()), len(accuracy))
+    one, two = (rho_of_counts(*checked_pair(scores, accuracy), percent) for scores in (first, second))
+    found = resample(lambda counts: one(counts) - two(counts), len(accuracy), resamples=resamples, rng=rng)
+    return Comparison(difference, *found.interval(0.95), found.p_value, float(found.draws.std()), len(accuracy))
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
     """Return p-values adjusted for their number by Holm's step-down method (Holm 1979), in the order given.
 
     Raises:
-        InvalidParameterError: a value is NaN or outside 0 to 1.
+        InvalidParameterError: no p-values, or one is NaN or outside 0 to 1.
 
     >>> holm([0.01, 0.04, 0.03])
     array([0.03, 0.06, 0.06])
     """
-    p = np.asarray(p_values, dtype=np.float64)
-    if not ((p >= 0) & (p <= 1)).all():
-        raise InvalidParameterError(f"p-values must lie in 0 to 1, got {p}.")
-    order = np.argsort(p, kind="stable")
-    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
-    adjusted = np.empty_like(p)
-    adjusted[order] = stepped
-    return adjusted
+    from statsmodels.stats.multitest import multipletests  # here: it takes a while to import
+
+    p = real_numbers(p_values, "p-values", ndim=1)
+    if not (len(p) and ((p >= 0) & (p <= 1)).all()):
+        raise InvalidParameterError(f"need p-values in 0 to 1, got {p}.")
+    return multipletests(p, method="holm")[1]
 
 
 def bootstrap_partial_rho(
@@ -241,9 +249,8 @@ def bootstrap_partial_rho(
     value, n = partial_rho(scores, accuracy, covariates), len(scores)
     if np.isnan(value):
         return RankEstimate(value, value, value, n, level)
-    statistic = _partial_of_counts(*_checked(scores, accuracy), _checked_covariates(covariates, n))
-    found = _bootstrap(statistic, n, resamples=resamples, rng=rng)
-    return RankEstimate(value, *_interval(found, level), n, level)
+    statistic = partial_of_counts(*checked_pair(scores, accuracy), checked_covariates(covariates, n))
+    return _estimate(value, statistic, n, resamples=resamples, level=level, rng=rng)
 
 
 def bootstrap_binned_rho(
@@ -277,21 +284,20 @@ def bootstrap_binned_rho(
         InvalidScoreError: see :func:`bootstrap_rho`; or a bin would have fewer than 5 configurations.
         InvalidParameterError: the level, or the number of resamples or bins, is not one.
     """
-    scores, accuracy = _checked(scores, accuracy)
-    costs = _checked_covariates(np.reshape(costs, (-1, 1)), len(scores))[:, 0]
-    if bins < 1 or len(scores) < 5 * bins:
+    scores, accuracy = checked_pair(scores, accuracy)
+    costs = checked_covariates(real_numbers(costs, "costs", ndim=1)[:, None], len(scores))[:, 0]
+    if len(scores) < 5 * whole_number(bins, "the number of bins", 1):
         raise InvalidScoreError(f"{bins} bins of 5 configurations or more cannot be cut from {len(scores)}.")
     groups = np.array_split(np.argsort(costs, kind="stable"), bins)
     if any(np.ptp(values[group]) == 0 for values in (scores, accuracy) for group in groups):
         return RankEstimate(math.nan, math.nan, math.nan, len(scores), level)
-    inside = [_rho_of_counts(scores[group], accuracy[group], 100) for group in groups]
+    inside = [rho_of_counts(scores[group], accuracy[group], 100) for group in groups]
 
     def statistic(counts: np.ndarray) -> np.ndarray:
         return np.mean([rho(counts[:, group]) for rho, group in zip(inside, groups, strict=True)], axis=0)
 
-    found = _bootstrap(statistic, len(scores), resamples=resamples, rng=rng, strata=groups)
-    value = float(statistic(np.ones((1, len(scores)), dtype=np.int64))[0])
-    return RankEstimate(value, *_interval(found, level), len(scores), level)
+    value, n = float(statistic(np.ones((1, len(scores)), dtype=np.int64))[0]), len(scores)
+    return _estimate(value, statistic, n, resamples=resamples, level=level, rng=rng, strata=groups)
 
 
 def noise_ceiling(
@@ -342,14 +348,16 @@ def bootstrap_regret(
         the estimate; `n` counts the configurations within the budget.
 
     Raises:
-        InvalidScoreError: see :func:`regret`.
+        InvalidScoreError, InvalidParameterError: see :func:`regret`.
+        InvalidParameterError: the level is not one, fewer than 100 resamples, or no generator.
     """
-    value = regret(scores, accuracy, costs, budget)
-    scores, accuracy = _within(scores, accuracy, costs, budget)
-    drawn = _draw(resamples, [np.arange(len(scores))], rng) > 0
+    value, ends = regret(scores, accuracy, costs, budget), tails(level)
+    scores, accuracy = within_budget(scores, accuracy, costs, budget)
+    resamples = whole_number(resamples, "the number of resamples", 100)
+    drawn = draw(resamples, [np.arange(len(scores))], rng) > 0
     first = np.where(drawn, scores, -np.inf).argmax(axis=1)
     lost = np.where(drawn, accuracy, -np.inf).max(axis=1) - accuracy[first]
-    lo, hi = np.quantile(lost, [(1 - level) / 2, (1 + level) / 2])
+    lo, hi = np.quantile(lost, ends)
     return RankEstimate(value, float(lo), float(hi), len(scores), level)
 
 
@@ -359,104 +367,18 @@ def sampling_interval(rho: float, n: int, *, level: float = 0.95) -> tuple[float
     Fisher's z with the variance 1.06 / (n - 3) for Spearman's rho (Fieller, Hartley and Pearson 1957):
     tanh(atanh(rho) -+ z sqrt(1.06 / (n - 3))).
 
+    Args:
+        rho: the reported correlation.
+        n: number of pairs that it was computed from.
+        level: coverage of the interval.
+
     Raises:
-        InvalidParameterError: rho is not inside -1 to 1, n is not above 3, or the level is not inside 0 to 1.
+        InvalidParameterError: rho is not inside -1 to 1, n is no whole number above 3, or the level is not inside 0 to
+            1.
 
     >>> [round(end, 2) for end in sampling_interval(0.7921, 50)]
     [0.65, 0.88]
     """
-    if not (-1 < rho < 1 and n > 3 and 0 < level < 1):
-        raise InvalidParameterError(f"need -1 < rho < 1, n > 3 and 0 < level < 1; got {rho}, {n} and {level}.")
-    half_width = stats.norm.ppf((1 + level) / 2) * np.sqrt(1.06 / (n - 3))
+    rho, n = real_number(rho, "a rank correlation", -1, 1), whole_number(n, "the number of pairs", 4)
+    half_width = stats.norm.ppf(tails(level)[1]) * np.sqrt(1.06 / (n - 3))
     return float(np.tanh(np.arctanh(rho) - half_width)), float(np.tanh(np.arctanh(rho) + half_width))
-
-
-def _rho_of_counts(scores: np.ndarray, accuracy: np.ndarray, percent: float) -> Callable[[np.ndarray], np.ndarray]:
-    """Return the function from counts (R, N) to rho at a share in each resample, (R,); NaN where it ranks nothing."""
-    scores, accuracy = np.asarray(scores, dtype=np.float64), np.asarray(accuracy, dtype=np.float64)
-    best = np.argsort(-scores, kind="stable")
-    score_ranks, accuracy_ranks = _rank_function(scores[best]), _rank_function(accuracy[best])
-
-    def rho(counts: np.ndarray) -> np.ndarray:
-        counts = counts[:, best]
-        if percent < 100:
-            before = np.cumsum(counts, axis=1) - counts
-            keep = _count(int(counts[0].sum()), percent)
-            counts = np.clip(keep - before, 0, counts)
-        x, y = score_ranks(counts), accuracy_ranks(counts)
-        norm = np.sqrt(np.einsum("rn,rn,rn->r", counts, x, x) * np.einsum("rn,rn,rn->r", counts, y, y))
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.einsum("rn,rn,rn->r", counts, x, y) / norm
-
-    return rho
-
-
-@dataclass(frozen=True)
-class _Bootstrap:
-    """Resampled values of a statistic, with the two constants of the BCa interval (Efron 1987)."""
-
-    draws: np.ndarray
-    bias: float
-    acceleration: float
-
-
-def _bootstrap(
-    statistic: Callable[[np.ndarray], np.ndarray],
-    n: int,
-    *,
-    resamples: int,
-    rng: np.random.Generator,
-    strata: Sequence[np.ndarray] = (),
-) -> _Bootstrap:
-    """Draw resamples as counts, and leave each configuration out once for the acceleration."""
-    if n < MINIMUM:
-        raise InvalidScoreError(f"a bootstrap interval needs {MINIMUM} configurations or more, got {n}.")
-    if resamples < 100:
-        raise InvalidParameterError(f"a bootstrap interval needs 100 resamples or more, got {resamples}.")
-    step = max(1, _BLOCK // n)
-    strata = strata or [np.arange(n)]
-    draws = [statistic(_draw(min(step, resamples - i), strata, rng)) for i in range(0, resamples, step)]
-    left_out = [statistic(1 - np.eye(min(step, n - i), n, i, dtype=np.int64)) for i in range(0, n, step)]
-    draws, left_out = (values[~np.isnan(values)] for values in map(np.concatenate, (draws, left_out)))
-    if len(draws) < 0.95 * resamples:
-        raise InvalidScoreError(
-            f"{resamples - len(draws)} of {resamples} resamples rank nothing, because what they keep is equal: "
-            "keep a larger share, or more configurations."
-        )
-    influence = left_out.mean() - left_out
-    spread = (influence**2).sum() ** 1.5
-    acceleration = (influence**3).sum() / (6 * spread) if spread > 0 else 0.0
-    value = statistic(np.ones((1, n), dtype=np.int64))[0]
-    return _Bootstrap(draws, stats.norm.ppf(_share_below(draws, value)), float(acceleration))
-
-
-def _draw(resamples: int, strata: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """Draw as many with replacement from each stratum as it has: how often each is drawn, shape (resamples, n)."""
-    counts = np.empty((resamples, sum(map(len, strata))), dtype=np.int64)
-    for members in strata:
-        n = len(members)
-        rows = rng.integers(n, size=(resamples, n)) + n * np.arange(resamples)[:, None]
-        counts[:, members] = np.bincount(rows.ravel(), minlength=resamples * n).reshape(resamples, n)
-    return counts
-
-
-def _share_below(draws: np.ndarray, value: float) -> float:
-    """Return the share of draws below a value, ties halved, kept off 0 and 1 by half a draw."""
-    below = (draws < value).sum() + (draws == value).sum() / 2
-    return float((below + 0.5) / (len(draws) + 1))
-
-
-def _interval(found: _Bootstrap, level: float) -> tuple[float, float]:
-    """Return both ends of the BCa interval: quantiles moved by bias and acceleration."""
-    if not 0 < level < 1:
-        raise InvalidParameterError(f"the level of an interval must lie inside 0 to 1, got {level}.")
-    z = found.bias + stats.norm.ppf([(1 - level) / 2, (1 + level) / 2])
-    lo, hi = np.quantile(found.draws, stats.norm.cdf(found.bias + z / (1 - found.acceleration * z)))
-    return float(lo), float(hi)
-
-
-def _p_value(found: _Bootstrap) -> float:
-    """Return one minus the level at which the BCa interval just reaches zero."""
-    z = stats.norm.ppf(_share_below(found.draws, 0.0)) - found.bias
-    z = z / (1 + found.acceleration * z) - found.bias
-    return float(min(1.0, 2 * stats.norm.sf(abs(z))))

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import linalg, stats
+from scipy import linalg
 from sklearn.linear_model import RidgeCV
 from sklearn.preprocessing import PolynomialFeatures
 
+from emq_lib.core.checks import bit_choices, real_numbers, whole_number
 from emq_lib.core.costs import choice_indices
 from emq_lib.core.errors import InvalidScoreError
 
@@ -84,31 +85,28 @@ def pair_interactions(
         choices: the B allowed widths.
 
     Returns:
-        two arrays of shape (S, S), symmetric: the interaction in the unit of the accuracy (diagonal zero), and its
-        p-value (diagonal one).
+        two float64 arrays of shape (S, S), symmetric: the interaction in the unit of the accuracy (diagonal zero), and
+        its p-value (diagonal one).
 
     Raises:
         ConfigLengthError, InvalidBitsError, InvalidScoreError: see :func:`additive_oracle`.
         InvalidScoreError: there are no more configurations than coefficients.
     """
+    from statsmodels.regression.linear_model import OLS  # here: it takes a while to import
+
     one_hot, _, slots = _design(configs, accuracy, configs, choices)
     basis = linalg.orth(one_hot)  # the constant is among its span: one-hot bits of a layer sum to one
-    free = len(one_hot) - basis.shape[1] - 1
-    if free <= 0:
+    if len(one_hot) <= basis.shape[1] + 1:
         raise InvalidScoreError(f"{len(one_hot)} configurations are too few for {basis.shape[1] + 1} coefficients.")
     lowest = one_hot[:, :: len(choices)]
-    left = accuracy - basis @ (basis.T @ accuracy)
     effects, p_values = np.zeros((slots, slots)), np.ones((slots, slots))
-    for first, second in itertools.combinations(range(slots), 2):
-        product = lowest[:, first] * lowest[:, second]
-        product = product - basis @ (basis.T @ product)
-        energy = product @ product
-        if energy > 1e-9:
-            effect = product @ left / energy
-            variance = np.square(product * (left - effect * product)).sum() / energy**2 * len(left) / free
-            effects[first, second] = effects[second, first] = effect
-            p_value = 2 * stats.t.sf(abs(effect) / np.sqrt(variance), free)
-            p_values[first, second] = p_values[second, first] = p_value
+    for pair in itertools.combinations(range(slots), 2):
+        product = lowest[:, pair].prod(axis=1)
+        product = product - basis @ (basis.T @ product)  # the same coefficient, and zero where the pair never meets
+        if product @ product > 1e-9:
+            fit = OLS(accuracy, np.column_stack([basis, product])).fit(cov_type="HC1", use_t=True)
+            effects[pair] = effects[pair[::-1]] = fit.params[-1]
+            p_values[pair] = p_values[pair[::-1]] = fit.pvalues[-1]
     return effects, p_values
 
 
@@ -124,13 +122,19 @@ def resample_layers(table: np.ndarray, slots: int) -> np.ndarray:
     Returns:
         float64 array of shape (slots, B).
 
+    Raises:
+        InvalidScoreError: the table is none of finite real numbers.
+        InvalidParameterError: the number of slots is not one.
+
     >>> resample_layers(np.array([[0.0, 1.0], [4.0, 3.0]]), 4)
     array([[0. , 1. ],
            [1. , 1.5],
            [3. , 2.5],
            [4. , 3. ]])
     """
-    table = np.asarray(table, dtype=np.float64)
+    table, slots = real_numbers(table, "scores", ndim=2), whole_number(slots, "the number of slots", 1)
+    if not table.size:
+        raise InvalidScoreError(f"a score table needs one slot and one choice or more, got shape {table.shape}.")
     places, wanted = ((np.arange(count) + 0.5) / count for count in (len(table), slots))
     return np.stack([np.interp(wanted, places, column) for column in table.T], axis=1)
 
@@ -139,14 +143,13 @@ def _design(
     configs: np.ndarray, accuracy: np.ndarray, others: np.ndarray, choices: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Return both halves one-hot, shapes (N, S B) and (M, S B), and S."""
-    configs = np.atleast_2d(configs)
-    slots = configs.shape[1]
-    if np.shape(accuracy) != (len(configs),) or not np.isfinite(accuracy).all() or not np.ptp(accuracy) > 0:
+    choices, accuracy = bit_choices(choices), real_numbers(accuracy, "accuracies", ndim=1)
+    slots = np.shape(np.atleast_2d(configs))[1]
+    indices = [choice_indices(bits, choices, slots) for bits in (configs, others)]
+    if len(accuracy) != len(indices[0]) or not np.ptp(accuracy) > 0:
         raise InvalidScoreError(
-            f"accuracies {np.shape(accuracy)} must be finite, not all equal, one for each of {len(configs)} configs."
+            f"accuracies {accuracy.shape} must not be all equal, one for each of {len(indices[0])} configs."
         )
     one_hot = np.eye(len(choices))
-    fitted, predicted = (
-        one_hot[choice_indices(bits, choices, slots)].reshape(-1, slots * len(choices)) for bits in (configs, others)
-    )
+    fitted, predicted = (one_hot[rows].reshape(-1, slots * len(choices)) for rows in indices)
     return fitted, predicted, slots

@@ -5,20 +5,23 @@ Explained in chapter 02.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import stats
 
+from emq_lib.core.checks import real_number, real_numbers, whole_number
 from emq_lib.core.errors import InvalidParameterError, InvalidScoreError
+from emq_lib.proxies.counts import UNEXPLAINED, kept_count, partial_of_counts
 
 PERCENTS = (20, 50, 100)
-MINIMUM = 30
-_UNEXPLAINED = 1e-6  # share of a variance below which nothing is left of it
 
 
 def spearman(scores: np.ndarray, accuracy: np.ndarray) -> float:
-    """Return Spearman's rho, ties given their mean rank.
+    """Return Spearman's rho of scores and accuracies, shape (N,) each, ties given their mean rank.
+
+    Raises:
+        InvalidScoreError: see :func:`checked_pair`.
 
     >>> spearman([1, 2, 3, 4], [10, 20, 40, 30])
     0.8
@@ -39,8 +42,8 @@ def rho_at(scores: np.ndarray, accuracy: np.ndarray, percent: float) -> float:
         InvalidScoreError: lengths differ, fewer than 3 configurations stay, a value is not finite or all are equal.
         InvalidParameterError: the share is not one.
     """
-    scores, accuracy = _checked(scores, accuracy)
-    kept = _best(scores, percent)
+    scores, accuracy = checked_pair(scores, accuracy)
+    kept = np.argsort(-scores, kind="stable")[: kept_count(len(scores), percent)]
     if len(kept) < 3:
         raise InvalidScoreError(
             f"{percent} % of {len(scores)} configurations are {len(kept)}; a rank correlation needs 3."
@@ -54,10 +57,22 @@ def rho_at(scores: np.ndarray, accuracy: np.ndarray, percent: float) -> float:
 def fitness(scores: np.ndarray, accuracy: np.ndarray, percents: Sequence[float] = PERCENTS) -> float:
     """Return the mean of rho at the given shares: the paper's fitness.
 
+    Args:
+        scores: shape (N,).
+        accuracy: shape (N,).
+        percents: the shares.
+
     Raises:
-        InvalidScoreError: see :func:`rho_at`.
+        InvalidScoreError, InvalidParameterError: see :func:`rho_at`.
+        InvalidParameterError: no shares.
     """
-    return float(np.mean([rho_at(scores, accuracy, percent) for percent in percents]))
+    return float(np.mean([rho_at(scores, accuracy, percent) for percent in _shares(percents)]))
+
+
+def _shares(percents: Sequence[float]) -> Sequence[float]:
+    if not isinstance(percents, Sequence | np.ndarray) or isinstance(percents, str) or not len(percents):
+        raise InvalidParameterError(f"need one share in percent or more, got {percents!r:.60}.")
+    return percents
 
 
 def fitness_many(scores: np.ndarray, accuracy: np.ndarray, percents: Sequence[float] = PERCENTS) -> np.ndarray:
@@ -72,51 +87,73 @@ def fitness_many(scores: np.ndarray, accuracy: np.ndarray, percents: Sequence[fl
         shape (P,); NaN where scores are not finite, or equal within one of the shares, or a share keeps fewer than 3.
 
     Raises:
-        InvalidScoreError: shapes do not fit, or an accuracy is not finite.
+        InvalidScoreError: shapes do not fit, or something is no real number, or an accuracy is not finite.
+        InvalidParameterError: no shares, or one that is not above 0 and up to 100.
     """
     return fitness_terms(scores, accuracy, percents).mean(axis=1)
 
 
 def fitness_terms(scores: np.ndarray, accuracy: np.ndarray, percents: Sequence[float]) -> np.ndarray:
-    """Return rho at each share for each row of scores, shape (P, len(percents)); NaN as in :func:`fitness_many`."""
-    scores, accuracy = np.asarray(scores, dtype=np.float64), np.asarray(accuracy, dtype=np.float64)
-    if scores.ndim != 2 or scores.shape[1:] != accuracy.shape:
+    """Return rho at each share for each row of scores, shape (P, len(percents)); NaN as in :func:`fitness_many`.
+
+    Arguments and errors are those of :func:`fitness_many`.
+    """
+    scores, accuracy = real_numbers(scores, "scores", finite=False), real_numbers(accuracy, "accuracies")
+    if scores.ndim != 2 or scores.shape[1:] != accuracy.shape or not scores.size:
         raise InvalidScoreError(f"scores {scores.shape} need one column for each of the accuracies {accuracy.shape}.")
-    if not np.isfinite(accuracy).all():
-        raise InvalidScoreError("the accuracies hold NaN or infinity: measure those configurations again.")
+    percents = _shares(percents)
     order = np.argsort(-scores, axis=1, kind="stable")
     terms = []
     for percent in percents:
-        kept = order[:, : _count(scores.shape[1], percent)]
+        kept = order[:, : kept_count(scores.shape[1], percent)]
         rho = _correlation(np.take_along_axis(scores, kept, axis=1), accuracy[kept])
         terms.append(rho if kept.shape[1] >= 3 else np.full(len(scores), np.nan))
     return np.where(np.isfinite(scores).all(axis=1)[:, None], np.stack(terms, axis=1), np.nan)
 
 
 def kendall(scores: np.ndarray, accuracy: np.ndarray) -> float:
-    """Return Kendall's tau-b."""
-    return float(stats.kendalltau(*_checked(scores, accuracy)).statistic)
+    """Return Kendall's tau-b (Kendall 1945) of scores and accuracies, shape (N,) each.
+
+    Raises:
+        InvalidScoreError: see :func:`checked_pair`.
+    """
+    return float(stats.kendalltau(*checked_pair(scores, accuracy)).statistic)
 
 
 def weighted_tau(scores: np.ndarray, accuracy: np.ndarray) -> float:
-    """Return Kendall's tau with hyperbolic weights, in which exchanges among the best count most (Vigna 2015)."""
-    return float(stats.weightedtau(*_checked(scores, accuracy)).statistic)
-
-
-def logit_pearson(scores: np.ndarray, top1: np.ndarray) -> float:
-    """Return Pearson's correlation of scores with log(a / (1 - a)), where a is the top-1 accuracy.
+    """Return Kendall's tau with hyperbolic weights, in which exchanges among the best count most (Vigna 2015).
 
     Args:
         scores: shape (N,).
-        top1: in percent, shape (N,).
+        accuracy: shape (N,).
 
     Raises:
-        InvalidScoreError: see :func:`rho_at`; or an accuracy is not inside 0 to 100.
+        InvalidScoreError: see :func:`checked_pair`.
     """
-    scores, top1 = _checked(scores, top1)
-    if not ((top1 > 0) & (top1 < 100)).all():
-        raise InvalidScoreError("a logit needs accuracies inside 0 to 100 %.")
-    return float(stats.pearsonr(scores, np.log(top1 / (100 - top1))).statistic)
+    return float(stats.weightedtau(*checked_pair(scores, accuracy)).statistic)
+
+
+def logit_pearson(scores: np.ndarray, top1: np.ndarray, *, images: int = 10_000) -> float:
+    """Return Pearson's correlation of scores with log(a / (1 - a)), where a is the top-1 accuracy.
+
+    Accuracies closer to 0 or 100 % than half an image count as half an image off, where the empirical logit has its
+    ends too (Cox 1970): the logit of none or all images is infinite.
+
+    Args:
+        scores: shape (N,).
+        top1: in percent, 0 to 100, shape (N,).
+        images: number of images that the accuracies were measured on.
+
+    Raises:
+        InvalidScoreError: see :func:`rho_at`; or an accuracy is outside 0 to 100.
+        InvalidParameterError: the number of images is not one.
+    """
+    scores, top1 = checked_pair(scores, top1)
+    if not ((top1 >= 0) & (top1 <= 100)).all():
+        raise InvalidScoreError("a logit needs accuracies in percent, 0 to 100.")
+    half = 50 / whole_number(images, "the number of images", 1)
+    inside = top1.clip(half, 100 - half)
+    return float(stats.pearsonr(scores, np.log(inside / (100 - inside))).statistic)
 
 
 def partial_rho(scores: np.ndarray, accuracy: np.ndarray, covariates: np.ndarray) -> float:
@@ -137,11 +174,11 @@ def partial_rho(scores: np.ndarray, accuracy: np.ndarray, covariates: np.ndarray
     Raises:
         InvalidScoreError: see :func:`rho_at`; or the covariates have another length or are not finite.
     """
-    scores, accuracy = _checked(scores, accuracy)
-    covariates = _checked_covariates(covariates, len(scores))
-    if min(_unexplained(values, covariates) for values in (scores, accuracy)) < _UNEXPLAINED:
+    scores, accuracy = checked_pair(scores, accuracy)
+    covariates = checked_covariates(covariates, len(scores))
+    if min(_unexplained(values, covariates) for values in (scores, accuracy)) < UNEXPLAINED:
         return float("nan")
-    return float(_partial_of_counts(scores, accuracy, covariates)(np.ones((1, len(scores)), dtype=np.int64))[0])
+    return float(partial_of_counts(scores, accuracy, covariates)(np.ones((1, len(scores)), dtype=np.int64))[0])
 
 
 def regret(scores: np.ndarray, accuracy: np.ndarray, costs: np.ndarray, budget: float) -> float:
@@ -157,47 +194,41 @@ def regret(scores: np.ndarray, accuracy: np.ndarray, costs: np.ndarray, budget: 
         budget: upper bound on the cost.
 
     Raises:
-        InvalidScoreError: no configuration fits, or costs are not one finite number for each configuration.
+        InvalidScoreError: see :func:`checked_pair`; or no configuration fits, or costs are not one finite number for
+            each configuration.
+        InvalidParameterError: the budget is no finite number.
     """
-    scores, accuracy = _within(scores, accuracy, costs, budget)
+    scores, accuracy = within_budget(scores, accuracy, costs, budget)
     return float(accuracy.max() - accuracy[scores.argmax()])
 
 
-def _within(
+def within_budget(
     scores: np.ndarray, accuracy: np.ndarray, costs: np.ndarray, budget: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    scores, accuracy = _checked(scores, accuracy)
-    costs = np.asarray(costs, dtype=np.float64)
-    if costs.shape != scores.shape or not np.isfinite(costs).all():
+    """Return scores and accuracies of the configurations within a budget. Arguments and errors: :func:`regret`."""
+    scores, accuracy = checked_pair(scores, accuracy)
+    costs = real_numbers(costs, "costs", ndim=1)
+    if costs.shape != scores.shape:
         raise InvalidScoreError(f"costs {costs.shape} must be one finite number for each of {len(scores)} scores.")
-    fits = np.flatnonzero(costs <= budget)
+    fits = np.flatnonzero(costs <= real_number(budget, "a budget"))
     if not len(fits):
         raise InvalidScoreError(f"no configuration costs {budget} or less; the cheapest costs {np.min(costs)}.")
     return scores[fits], accuracy[fits]
 
 
-def _checked(scores: np.ndarray, accuracy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    scores, accuracy = np.asarray(scores, dtype=np.float64), np.asarray(accuracy, dtype=np.float64)
+def checked_pair(scores: np.ndarray, accuracy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return scores and accuracies as float64 arrays of shape (N,).
+
+    Raises:
+        InvalidScoreError: lengths differ, there are fewer than 3, one is no finite real number, or all are equal.
+    """
+    scores, accuracy = real_numbers(scores, "scores"), real_numbers(accuracy, "accuracies")
     if scores.ndim != 1 or scores.shape != accuracy.shape or len(scores) < 3:
         raise InvalidScoreError(f"scores {scores.shape} and accuracies {accuracy.shape} must be 1-D, alike, 3 or more.")
     for name, values in (("scores", scores), ("accuracies", accuracy)):
-        if not np.isfinite(values).all():
-            raise InvalidScoreError(
-                f"the {name} hold NaN or infinity at position {np.flatnonzero(~np.isfinite(values))[0]}."
-            )
         if (values == values[0]).all():
             raise InvalidScoreError(f"the {name} are all equal, so they rank nothing.")
     return scores, accuracy
-
-
-def _count(n: int, percent: float) -> int:
-    if not 0 < percent <= 100:
-        raise InvalidParameterError(f"a share must lie above 0 and up to 100 %, got {percent}.")
-    return max(1, round(n * percent / 100))
-
-
-def _best(scores: np.ndarray, percent: float) -> np.ndarray:
-    return np.argsort(-scores, kind="stable")[: _count(len(scores), percent)]
 
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -209,9 +240,14 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.where(norm > 0, (x * y).sum(axis=1) / norm, np.nan)
 
 
-def _checked_covariates(covariates: np.ndarray, n: int) -> np.ndarray:
-    covariates = np.asarray(covariates, dtype=np.float64)
-    if covariates.ndim != 2 or len(covariates) != n or not np.isfinite(covariates).all():
+def checked_covariates(covariates: np.ndarray, n: int) -> np.ndarray:
+    """Return covariates as a float64 array of shape (n, K).
+
+    Raises:
+        InvalidScoreError: another shape, or a value that is no finite real number.
+    """
+    covariates = real_numbers(covariates, "covariates")
+    if covariates.ndim != 2 or len(covariates) != n:
         raise InvalidScoreError(f"covariates {covariates.shape} must be finite, with one row for each of {n} scores.")
     return covariates
 
@@ -223,42 +259,3 @@ def _unexplained(values: np.ndarray, covariates: np.ndarray) -> float:
     values = values / np.abs(values).max()
     left = values - covariates @ np.linalg.lstsq(covariates, values, rcond=None)[0]
     return float((left**2).sum() / (values**2).sum())
-
-
-def _rank_function(values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Return what turns counts (R, N), how often each value is drawn, into its mean rank in each resample, (R, N).
-
-    Ranks come less their mean. Values are sorted once: among sorted values a mean rank is a running sum of counts.
-    """
-    order = np.argsort(values, kind="stable")
-    new = np.append(True, np.diff(values[order]) > 0)
-    starts, group = np.flatnonzero(new), np.empty(len(values), dtype=np.intp)
-    group[order] = np.cumsum(new) - 1
-
-    def ranks(counts: np.ndarray) -> np.ndarray:
-        tied = np.add.reduceat(counts[:, order], starts, axis=1)
-        total = np.cumsum(tied, axis=1)
-        return (total - tied / 2 - total[:, -1:] / 2)[:, group]
-
-    return ranks
-
-
-def _partial_of_counts(
-    scores: np.ndarray, accuracy: np.ndarray, covariates: np.ndarray
-) -> Callable[[np.ndarray], np.ndarray]:
-    """Return the function from counts (R, N) to partial rho in each resample, (R,); NaN where nothing is left."""
-    functions = [_rank_function(values) for values in (scores, accuracy, *covariates.T)]
-
-    def partial(counts: np.ndarray) -> np.ndarray:
-        ranks = np.stack([ranks(counts) for ranks in functions], axis=1)
-        products = (ranks * counts[:, None]) @ ranks.transpose(0, 2, 1)
-        norm = np.sqrt(np.diagonal(products, axis1=1, axis2=2))
-        norm = np.where(norm > 0, norm, np.inf)  # a constant explains nothing
-        rho = products / norm[:, :, None] / norm[:, None, :]
-        explained = rho[:, :2, 2:] @ np.linalg.pinv(rho[:, 2:, 2:], rcond=1e-10, hermitian=True) @ rho[:, 2:, :2]
-        left = rho[:, :2, :2] - explained
-        with np.errstate(invalid="ignore", divide="ignore"):
-            value = left[:, 0, 1] / np.sqrt(left[:, 0, 0] * left[:, 1, 1])
-        return np.where(np.minimum(left[:, 0, 0], left[:, 1, 1]) < _UNEXPLAINED, np.nan, value)
-
-    return partial

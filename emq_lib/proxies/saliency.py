@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from emq_lib.core.checks import whole_number
 from emq_lib.core.datasets import Split
 from emq_lib.core.errors import InvalidParameterError, UnsupportedModelError
-from emq_lib.proxies.checks import whole_number
 from emq_lib.proxies.gradients import (
     batches,
     cross_entropy_seed,

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from emq_lib.core.checks import bit_choices, real_numbers
 from emq_lib.core.costs import choice_indices, selected
 from emq_lib.core.errors import InvalidParameterError, InvalidScoreError
-from emq_lib.proxies.checks import real_numbers
 
 
 def is_table(scores: np.ndarray, choices: Sequence[int]) -> bool:
@@ -51,16 +51,17 @@ def score(scores: np.ndarray, configs: np.ndarray, choices: Sequence[int], *, ag
     Raises:
         InvalidScoreError: the scores are no finite real numbers, or have another shape.
         InvalidParameterError: no such aggregation.
-        ConfigLengthError, InvalidBitsError: see :func:`emq_lib.core.costs.choice_indices`.
+        ConfigLengthError, InvalidBitsError: see :func:`emq_lib.core.checks.bit_choices` and
+            :func:`emq_lib.core.costs.choice_indices`.
 
     >>> score(np.array([[1.0, 2.0, 4.0], [10.0, 20.0, 40.0]]), np.array([[2, 4]]), (2, 3, 4))
     array([41.])
     """
     if not isinstance(aggregation, str) or aggregation not in AGGREGATIONS:
         raise InvalidParameterError(f"unknown aggregation {aggregation!r}; known: {', '.join(AGGREGATIONS)}.")
-    scores = real_numbers(scores, "scores", ndim=2)
+    scores, choices = real_numbers(scores, "scores", ndim=2), bit_choices(choices)
     table = is_table(scores, choices)
-    slots, rest = (len(scores), 0) if table else divmod(len(scores), max(1, len(choices)))
+    slots, rest = (len(scores), 0) if table else divmod(len(scores), len(choices))
     if not scores.size or (not table and (rest or scores.shape[1] != len(scores))):
         raise InvalidScoreError(f"{scores.shape} is neither a table (S, {len(choices)}) nor a matrix of pairs.")
     if table:
