@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from IPython import get_ipython
 from IPython.display import Markdown, display
 from myst_nb import glue
 
-from book.places import REPOSITORY
-from book.studies.study import manifest_of
-from emq_lib.core.errors import ClaimError, InvalidParameterError
-from emq_lib.core.profiles import PRINTED, Profile, get_profile
+from book.making.tables import fenced, plain
+from book.places import PRINTED, REPOSITORY
+from book.studies.study import manifest_of, outdated, study_folder
+from emq_lib.core.errors import ClaimError, InvalidParameterError, UnwritablePathError
+from emq_lib.core.files import named_when_unwritable, write_bytes
+from emq_lib.core.profiles import Profile, get_profile, is_published
+
+PARAMETERS = ("PROFILE", "REBUILD", "SEED")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +52,9 @@ class Chapter:
 
     @property
     def ledger(self) -> pathlib.Path:
-        """File that takes this chapter's claims."""
-        folder = os.environ.get("EMQ_LEDGER_DIR") or REPOSITORY / "_build" / self.profile.name / "ledger"
+        """File that takes this chapter's claims; those that another seed drew stand apart."""
+        drawn = "ledger" if is_published(self.profile) else f"ledger-seed-{self.profile.seed}"
+        folder = os.environ.get("EMQ_LEDGER_DIR") or REPOSITORY / "_build" / self.profile.name / drawn
         return pathlib.Path(folder) / f"{self.name}.jsonl"
 
     def claim(
@@ -78,6 +87,7 @@ class Chapter:
 
         Raises:
             ClaimError: the number lies outside its bounds.
+            UnwritablePathError, DiskFullError: the ledger cannot be written.
         """
         value = float(value)
         bounds = within
@@ -107,7 +117,7 @@ class Chapter:
             "paper": paper,
             "agrees": _agreement(interval or (value, value), reported) if reported else "",
         }
-        with self.ledger.open("a") as file:
+        with _ledger_is_writable(self.ledger), named_when_unwritable(self.ledger), self.ledger.open("a") as file:
             file.write(json.dumps(row, default=float) + "\n")
         return Markdown(text)
 
@@ -122,36 +132,92 @@ def _agreement(ours: tuple[float, float], theirs: tuple[float, float]) -> str:
 def start_chapter(name: str, profile: str, rebuild: bool, seed: int = 0) -> Chapter:
     """Check a chapter's parameters, say what made it, set the style of figures, and open a fresh page of the ledger.
 
+    At its top the chapter also says which files of its study are published although they are out of date, and why.
+
+    Raises:
+        UnknownProfileError, InvalidParameterError: see :func:`study_of`; or papermill was given a parameter that no
+            chapter has.
+        UnwritablePathError, DiskFullError: there is no place for the ledger.
+    """
+    if unknown := sorted(_given_parameters() - set(PARAMETERS)):
+        raise InvalidParameterError(f"No parameter {', '.join(unknown)}: chapters have {', '.join(PARAMETERS)}.")
+    chapter = Chapter(name, study_of(profile, rebuild, seed), rebuild)
+    plt.style.use(REPOSITORY / "book" / "emq.mplstyle")
+    with _ledger_is_writable(chapter.ledger):
+        write_bytes(chapter.ledger, b"")
+    display(Markdown(_made_by(name, dict(zip(PARAMETERS, (profile, rebuild, seed), strict=True)))))
+    for sentence in _outdated_files(chapter.profile):
+        display(Markdown(sentence))
+    return chapter
+
+
+def study_of(profile: str, rebuild: bool, seed: int) -> Profile:
+    """Return the study that a chapter's parameters name. Another seed than the published one is a study of its own.
+
     Raises:
         UnknownProfileError: no such profile.
-        InvalidParameterError: REBUILD is no boolean, SEED no whole number, or the study's files have another seed.
+        InvalidParameterError: a parameter of the wrong kind; files that were made with another seed; or another seed,
+            whose study is neither there nor to be computed.
     """
+    if not isinstance(profile, str):
+        raise InvalidParameterError(f"PROFILE must be the name of a profile, got {profile!r}.")
     if not isinstance(rebuild, bool):
         raise InvalidParameterError(f"REBUILD must be True or False, got {rebuild!r}.")
-    if not isinstance(seed, int) or seed < 0:
-        raise InvalidParameterError(f"SEED must be a whole number, 0 or more, got {seed!r}.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise InvalidParameterError(f"SEED must be a whole number from 0 to {2**32 - 1}, got {seed!r}.")
     published = get_profile(profile)
     study = dataclasses.replace(published, seed=published.seed + seed)
-    if not rebuild and any(entry["seed"] != study.seed for entry in manifest_of(study).values()):
+    folder, manifest = study_folder(study), manifest_of(study)
+    if any(entry.get("seed", study.seed) != study.seed for entry in manifest.values()):
         raise InvalidParameterError(
-            f"The files of {profile} were not made with SEED = {seed}. "
-            f"make book PROFILE={profile} SEED={seed} REBUILD=1 makes a study of its own, beside the published one."
+            f"The files in {folder} were not made with SEED = {seed}. Ask for the seed that they have, or name another "
+            "folder of studies with EMQ_STUDY_ROOT."
         )
-    chapter = Chapter(name, study, rebuild)
-    plt.style.use(REPOSITORY / "book" / "emq.mplstyle")
-    chapter.ledger.parent.mkdir(parents=True, exist_ok=True)
-    chapter.ledger.write_text("")
-    display(Markdown(_made_by(name, {"PROFILE": profile, "REBUILD": rebuild, "SEED": seed})))
-    return chapter
+    if seed and not rebuild and not manifest:
+        raise InvalidParameterError(
+            f"There is no study of {profile} with SEED = {seed}. make book PROFILE={profile} SEED={seed} REBUILD=1 "
+            f"computes it in {folder}, beside the published one."
+        )
+    return study
+
+
+def _given_parameters() -> set[str]:
+    """Return the names that papermill's cell of parameters assigns, in the notebook that runs."""
+    shell = get_ipython()
+    cells = shell.user_ns.get("In", []) if shell else []
+    given = [ast.parse(cell) for cell in cells if cell.startswith("# Parameters\n")]
+    return {node.id for tree in given for node in ast.walk(tree) if isinstance(getattr(node, "ctx", None), ast.Store)}
+
+
+@contextlib.contextmanager
+def _ledger_is_writable(path: pathlib.Path) -> Iterator[None]:
+    """Say what to do where the ledger cannot be written, as in a checkout that is read-only."""
+    try:
+        yield
+    except UnwritablePathError as error:
+        raise UnwritablePathError(
+            f"The ledger {path} cannot be written. Name another folder for it with EMQ_LEDGER_DIR."
+        ) from error
 
 
 def _made_by(name: str, parameters: Mapping[str, object]) -> str:
     """Return the command that makes a chapter as it is shown, and what it cost when that was last measured."""
-    given = " ".join(f"-p {key} {value}" for key, value in parameters.items())
+    given = " ".join(f"-p {key} {shlex.quote(str(value))}" for key, value in parameters.items())
+    line = f"mkdir -p _build && .venv/bin/papermill book/{name}.ipynb _build/{name}.ipynb {given}"
     costs = read_costs().query("chapter == @name and study == @parameters['PROFILE']")
-    measured = [f"{row.seconds:.0f} s and {row.memory:.1f} GiB ({row.device})" for row in costs.itertuples()]
+    measured = [f"{row.seconds:.0f} s and {row.memory:.1f} GiB ({plain(row.device)})" for row in costs.itertuples()]
     cost = f"\n\nTime and memory, as last measured: {'; '.join(measured)}." if measured else ""
-    return f"```bash\npapermill book/{name}.ipynb _build/{name}.ipynb {given}\n```{cost}"
+    return fenced(line, "bash") + cost
+
+
+def _outdated_files(study: Profile) -> list[str]:
+    """Return a sentence for each file of a study that is published although it is out of date."""
+    reasons = {filename: outdated(study, filename) for filename in manifest_of(study)}
+    return [
+        f"**{plain(filename)} of this study is out of date**, and what is read from it is shown all the same: {plain(reason)}"
+        for filename, reason in reasons.items()
+        if reason
+    ]
 
 
 def read_costs() -> pd.DataFrame:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 
 from book.making.palette import COLOURS
+from emq_lib.core.files import write_bytes
 
 BITS = (4, 2, 3, 2)
 TITLE = "EMQ, rebuilt"
@@ -26,5 +27,5 @@ def draw_mark(*, title: str = "") -> str:
 
 def draw_static(folder: pathlib.Path) -> None:
     """Write the favicon and the logo into `folder`."""
-    (folder / "favicon.svg").write_text(draw_mark())
-    (folder / "logo.svg").write_text(draw_mark(title=TITLE))
+    for name, title in (("favicon.svg", ""), ("logo.svg", TITLE)):
+        write_bytes(folder / name, draw_mark(title=title).encode())

@@ -1,21 +1,24 @@
-"""What Sphinx leaves to do: pages that work from the file system, the whole book as a PDF, and a zip of notebooks."""
+"""Executed chapters as pages that work from the file system, with the book as a PDF and its notebooks as a zip.
+
+Building pages executes nothing, and this module and what it imports load nothing that computes.
+"""
 
 from __future__ import annotations
 
 import pathlib
 import re
 import shutil
-import tempfile
-import urllib.parse
+import subprocess
+import sys
 import zipfile
 from collections.abc import Sequence
 
-import pypdf
-from playwright.sync_api import sync_playwright
-from pypdf.generic import ArrayObject, DictionaryObject, Fit, NameObject
+import yaml
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-BROWSER_OPTIONS = ("--no-sandbox",)  # pages are the book's own, and containers run as root
+from book.making.pdf import find_browser, print_pdf
+from book.places import REPOSITORY, chapter_names, page_names
+from emq_lib.core.errors import EMQError
+
 PDF_NAME, ZIP_NAME = "emq-rebuilt.pdf", "emq-notebooks.zip"
 
 # What the theme writes into every page although it cannot work from a file, or not without a network.
@@ -29,8 +32,52 @@ _UNWANTED = tuple(
     )
 )
 
+# Run from the repository, so that Sphinx finds the book's extensions where the book is not installed.
+_JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
+
 # What MathJax's one file loads on demand; the rest of its folder is other builds of the same.
 _MATHJAX = ("tex-chtml.js", "output/chtml/fonts", "input/tex/extensions")
+
+
+class PagesError(EMQError, RuntimeError):
+    """The pages could not be built."""
+
+
+def copy_notebooks(build: pathlib.Path) -> None:
+    """Put the notebooks of ``book/``, with the outputs they have, where `build_pages` expects executed ones."""
+    target = build / "source" / "book"
+    target.mkdir(parents=True, exist_ok=True)
+    for name in chapter_names():
+        shutil.copy(REPOSITORY / "book" / f"{name}.ipynb", target)
+
+
+def build_pages(build: pathlib.Path, html: pathlib.Path) -> pathlib.Path:
+    """Build the HTML of executed chapters with every warning an error; return the path of its first page.
+
+    Args:
+        build: folder of this build; its source/book holds the executed chapters.
+        html: folder that the pages go to; what it held is gone.
+
+    Raises:
+        PagesError: Sphinx warned or failed.
+    """
+    source = build / "source"
+    ignored = shutil.ignore_patterns("*.ipynb", "*.py", "__pycache__", ".ipynb_checkpoints")
+    shutil.copytree(REPOSITORY / "book", source / "book", dirs_exist_ok=True, ignore=ignored)
+    shutil.copy(REPOSITORY / "_toc.yml", source)
+    config = yaml.safe_load((REPOSITORY / "_config.yml").read_text())
+    (source / "_config.yml").write_text(yaml.safe_dump(configure(config)))
+    shutil.rmtree(build / "pages", ignore_errors=True)
+    options = ["--warningiserror", "--keep-going", "--nitpick", "--all", "--path-output", str(build / "pages")]
+    command = [sys.executable, "-c", _JUPYTER_BOOK, "build", str(source), *options]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise PagesError(f"The pages were not built:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+    shutil.rmtree(html, ignore_errors=True)
+    shutil.copytree(build / "pages" / "_build" / "html", html)
+    work_offline(html)
+    add_downloads(html, source / "book", names=page_names(), title=config["title"])
+    return html / "index.html"
 
 
 def work_offline(html: pathlib.Path) -> None:
@@ -82,11 +129,6 @@ if importlib.util.find_spec("emq_lib") is None:
     os.chdir("emq/book")"""
 
 
-def find_browser() -> str | None:
-    """Return the path of a Chromium on this machine, or None."""
-    return next(filter(None, map(shutil.which, BROWSERS)), None)
-
-
 def add_downloads(html: pathlib.Path, notebooks: pathlib.Path, *, names: Sequence[str], title: str) -> None:
     """Add the book as a PDF and its notebooks as a zip; without a browser there is no PDF, and no link to one.
 
@@ -106,56 +148,3 @@ def add_downloads(html: pathlib.Path, notebooks: pathlib.Path, *, names: Sequenc
     else:
         first = printed[0]
         first.write_text(re.sub(rf'<a [^>]*href="[^"]*{PDF_NAME}"[^>]*>.*?</a>\s*', "", first.read_text()))
-
-
-def print_pdf(pages: Sequence[pathlib.Path], target: pathlib.Path, *, browser: str, title: str) -> None:
-    """Print built pages, in this order, into one PDF with an outline; links between pages become links inside it.
-
-    Args:
-        pages: the HTML files.
-        target: the PDF.
-        browser: path of a Chromium.
-        title: title of the PDF.
-    """
-    book = pypdf.PdfWriter()
-    firsts: dict[str, int] = {}
-    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=browser, args=BROWSER_OPTIONS)
-        for index, page in enumerate(pages):
-            printed = pathlib.Path(folder) / f"{index}.pdf"
-            firsts[page.resolve().as_uri()] = len(book.pages)
-            sheet = chromium.new_page(color_scheme="light")
-            sheet.goto(page.resolve().as_uri())
-            sheet.wait_for_load_state("networkidle")
-            sheet.evaluate("window.MathJax?.startup?.promise.then(() => null)")
-            sheet.add_style_tag(content=f":root {{ counter-reset: page {len(book.pages)} }}")
-            sheet.evaluate("document.querySelectorAll('details').forEach(folded => { folded.open = true })")
-            heading = sheet.title().split(" — ")[0]
-            sheet.pdf(path=printed, format="A4", tagged=True, prefer_css_page_size=True)
-            sheet.close()
-            book.append(printed, outline_item=heading, import_outline=False)
-        chromium.close()
-    _link_inside(book, firsts)
-    book.add_metadata({"/Title": title})
-    book.compress_identical_objects()
-    book.write(target)
-
-
-def _link_inside(book: pypdf.PdfWriter, firsts: dict[str, int]) -> None:
-    """Turn links to the files of printed pages into links to where they begin in the PDF; drop other links to files."""
-    for page in book.pages:
-        kept = ArrayObject()
-        for reference in page.get("/Annots", ()):
-            link = reference.get_object()
-            uri = link.get("/A", DictionaryObject()).get("/URI", "")
-            start = firsts.get(urllib.parse.urldefrag(uri).url)
-            if start is not None:
-                del link[NameObject("/A")]
-                destination = [book.pages[start].indirect_reference, NameObject(Fit.fit_horizontally().fit_type)]
-                link[NameObject("/Dest")] = ArrayObject([*destination, page.mediabox.top])
-            if start is not None or not uri.startswith("file:"):
-                kept.append(reference)
-        if kept:
-            page[NameObject("/Annots")] = kept
-        else:
-            page.pop(NameObject("/Annots"), None)

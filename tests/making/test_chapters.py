@@ -1,28 +1,43 @@
 """Every chapter, live on the digits from the beginning, as a reader reruns it; and what wrong parameters get."""
 
 import nbformat
+import papermill
 import pytest
+from papermill.exceptions import PapermillExecutionError
 
-from book.making import publishing
+from book.making import notebooks
+from book.places import REPOSITORY, chapter_names
+
+ALONE = ("your_network", "your_profile", "larger_benches")  # read no file of the chapter's study
+CHAIN = [name for name in chapter_names() if name not in ALONE]
+
+pytestmark = pytest.mark.chapters
+one_after_the_other = pytest.mark.xdist_group("chapters")
 
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
-    """Execute all chapters in order with REBUILD=True into a folder of their own."""
-    folder = tmp_path_factory.mktemp("book")
-    for name in publishing.chapter_names():
-        publishing.execute(name, "digits-resnet8", rebuild=True, build=folder, study_root=folder / "studies")
-    return folder
+    return tmp_path_factory.mktemp("book")
 
 
-@pytest.mark.parametrize("name", publishing.chapter_names())
-def test_chapters_run_live_on_the_digits(name, build):
+def run_live(name, build, **parameters):
+    """Execute a chapter that computes the digits study in a folder of its own; return its cells of code."""
+    environment = {"EMQ_STUDY_ROOT": str(build / "studies"), "EMQ_LEDGER_DIR": str(build / "ledger")}
+    given = {"PROFILE": "digits-resnet8", "REBUILD": True} | parameters
+    notebooks.execute(name, given, build=build, environment=environment)
     notebook = nbformat.read(build / "source" / "book" / f"{name}.ipynb", as_version=4)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert all(cell.execution_count for cell in code)
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=one_after_the_other if name in CHAIN else ()) for name in chapter_names()]
+)
+def test_chapters_run_live_on_the_digits(name, build):
+    assert all(cell.execution_count for cell in run_live(name, build))
     assert (build / "ledger" / f"{name}.jsonl").read_text().count("\n") >= 1
 
 
+@one_after_the_other
 def test_the_study_is_complete(build):
     found = {path.name for path in (build / "studies" / "digits-resnet8").glob("[!.]*")}
     assert found == {
@@ -45,12 +60,21 @@ def test_the_study_is_complete(build):
 
 
 @pytest.mark.parametrize(
-    ("profile", "rebuild", "error"), [("nope", False, "Unknown"), ("digits-resnet8", "maybe", "REBUILD must")]
+    ("parameters", "error"),
+    [({"PROFILE": "nope"}, "Unknown"), ({"REBUILD": "maybe"}, "REBUILD must"), ({"SEED": True}, "SEED must")],
 )
-def test_wrong_parameters_fail_at_the_first_cell(profile, rebuild, error, tmp_path):
-    with pytest.raises(publishing.ChapterError, match=rf"01_bench failed in cell \d: .*{error}"):
-        publishing.execute("01_bench", profile, rebuild=rebuild, build=tmp_path, study_root=tmp_path)
-    notebook = nbformat.read(tmp_path / "source" / "book" / "01_bench.ipynb", as_version=4)
+def test_wrong_parameters_fail_at_the_first_cell(parameters, error, tmp_path):
+    with pytest.raises(notebooks.ChapterError, match=rf"rerun failed in cell \d: .*{error}"):
+        run_live("rerun", tmp_path, **parameters)
+    notebook = nbformat.read(tmp_path / "source" / "book" / "rerun.ipynb", as_version=4)
     ran = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.execution_count]
     assert "start_chapter" in ran[-1].source
     assert len(ran) == 3  # parameters, the injected ones, and the setup that fails
+
+
+def test_a_misspelt_parameter_given_to_papermill_fails_at_the_first_cell(tmp_path):
+    source = REPOSITORY / "book" / "rerun.ipynb"
+    with pytest.raises(PapermillExecutionError, match="No parameter PROFIL: chapters have PROFILE, REBUILD, SEED"):
+        papermill.execute_notebook(
+            source, tmp_path / "out.ipynb", {"PROFIL": "x"}, cwd=REPOSITORY / "book", progress_bar=False
+        )

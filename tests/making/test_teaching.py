@@ -6,10 +6,10 @@ import jupytext
 import nbformat
 import pytest
 
-from book.making import publishing, slides
-from book.places import REPOSITORY
+from book.making import notebooks, slides
+from book.places import REPOSITORY, chapter_names
 
-CHAPTERS = [name for name in publishing.chapter_names() if name[0].isdigit()]
+CHAPTERS = [name for name in chapter_names() if name[0].isdigit()]
 LEVELS = {"by hand", "from data/", "longer"}
 
 
@@ -21,7 +21,7 @@ def cells_from(name, heading):
 
 
 def is_solution(cell):
-    return publishing.SOLUTION in cell.metadata.get("tags", [])
+    return notebooks.SOLUTION in cell.metadata.get("tags", [])
 
 
 @pytest.mark.parametrize("name", CHAPTERS)
@@ -53,8 +53,8 @@ def test_every_question_of_the_quiz_is_followed_by_its_folded_answer(name):
 
 
 def test_student_copies_have_no_outputs_and_nothing_folded(tmp_path):
-    paths = publishing.write_student_copies(tmp_path)
-    assert [path.stem for path in paths] == publishing.chapter_names()
+    paths = notebooks.write_student_copies(tmp_path)
+    assert [path.stem for path in paths] == chapter_names()
     for path in paths:
         cells = nbformat.read(path, as_version=4).cells
         published = jupytext.read(REPOSITORY / "book" / f"{path.stem}.py").cells

@@ -1,68 +1,31 @@
-"""The frame: dependency files agree, notebooks are pairs with clean outputs, the command line names its errors."""
+"""Notebooks are pairs with clean outputs, in step with code, tables and library; executing one checks first."""
 
 import ast
 import functools
+import json
 import pkgutil
-import tomllib
 
 import jupytext
 import nbformat
 import papermill
 import pytest
-import yaml
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
-from book.making import publishing, tables
-from book.places import REPOSITORY
-from book.studies.study import has_study
-from emq_lib.core.profiles import get_profile
+from book.making import notebooks, tables
+from book.places import REPOSITORY, chapter_names
+from emq_lib.core.errors import InvalidParameterError, UnwritablePathError
 
-CHAPTERS = publishing.chapter_names()
-
-
-@pytest.fixture(scope="module")
-def lock():
-    lines = [line for line in (REPOSITORY / "requirements.lock").read_text().splitlines() if line and line[0] != "#"]
-    pins = {}
-    for requirement in map(Requirement, lines):
-        pins.setdefault(canonicalize_name(requirement.name), []).append(requirement)
-    return pins
-
-
-def test_the_lock_pins_every_dependency_within_its_bounds(lock):
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
-    groups = (entry for group in project["dependency-groups"].values() for entry in group if isinstance(entry, str))
-    for requirement in map(Requirement, [*project["project"]["dependencies"], *groups]):
-        pins = lock[canonicalize_name(requirement.name)]
-        for pin in pins:
-            version = next(iter(pin.specifier))
-            assert version.operator == "=="
-            assert requirement.specifier.contains(version.version), pin
-
-
-def test_the_lock_names_no_index():
-    text = (REPOSITORY / "requirements.lock").read_text()
-    assert not any(word in text for word in ("://", "index-url", "find-links"))
-
-
-def test_conda_users_get_the_lock():
-    environment = yaml.safe_load((REPOSITORY / "environment.yml").read_text())
-    *conda, pip = environment["dependencies"]
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    assert pip["pip"] == ["-r requirements.lock", "-e ."]
-    assert f">={conda[0].removeprefix('python=')}" == project["requires-python"]
+CHAPTERS = chapter_names()
 
 
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_notebooks_hold_the_cells_of_their_source_and_no_errors(name):
     notebook = nbformat.read(REPOSITORY / "book" / f"{name}.ipynb", as_version=4)
-    source = publishing.read_source(name)
+    source = notebooks.read_source(name)
     assert [(c.cell_type, c.source) for c in notebook.cells] == [(c.cell_type, c.source) for c in source.cells]
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert outputs
     assert not any(output.output_type == "error" for output in outputs)
-    assert not any(publishing.INJECTED in cell.metadata.get("tags", []) for cell in notebook.cells)
+    assert not any(notebooks.INJECTED in cell.metadata.get("tags", []) for cell in notebook.cells)
 
 
 @pytest.mark.parametrize("name", CHAPTERS)
@@ -89,7 +52,7 @@ def test_chapters_start_with_three_documented_parameters_and_their_check(name):
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_outputs_are_in_step_with_the_code_and_the_tables(name):
     notebook = nbformat.read(REPOSITORY / "book" / f"{name}.ipynb", as_version=4)
-    assert notebook.metadata[publishing.FINGERPRINT] == publishing.fingerprint(name), "run make notebooks"
+    assert notebook.metadata[notebooks.FINGERPRINT] == notebooks.fingerprint(name), "run make notebooks"
 
 
 @pytest.mark.parametrize("name", CHAPTERS)
@@ -110,14 +73,33 @@ def test_sources_shown_on_pages_are_those_of_the_library(name):
                 assert shown in [output.get("data", {}).get("text/markdown") for output in cell.outputs], call.lineno
 
 
-def test_an_unknown_profile_ends_with_its_name_and_no_traceback(capsys):
-    assert publishing.main(["book", "--profile", "nope"]) == 2
-    assert "error: Unknown profile 'nope'. Known profiles" in capsys.readouterr().err
+@pytest.mark.parametrize("parameters", [{"PROFIL": "digits-resnet8"}, {"PROFILE": "digits-resnet8", "seed": 1}])
+def test_a_misspelt_parameter_is_an_error_before_anything_runs(parameters, tmp_path, monkeypatch):
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *_, **__: pytest.fail("executed"))
+    with pytest.raises(InvalidParameterError, match="No parameter (PROFIL|seed): chapters have PROFILE, REBUILD, SEED"):
+        notebooks.execute("02_proxies", parameters, build=tmp_path)
 
 
-def test_a_study_with_another_seed_finds_the_published_ones_beside_it(tmp_path, monkeypatch):
-    publishing._link_other_studies(tmp_path, "digits-resnet8")
-    publishing._link_other_studies(tmp_path, "digits-resnet8")  # a second run finds them there
-    monkeypatch.setenv("EMQ_STUDY_ROOT", str(tmp_path))
-    assert has_study(get_profile("cifar10-resnet20"), "bench.parquet")
-    assert not has_study(get_profile("digits-resnet8"), "bench.parquet")
+def test_a_folder_that_cannot_be_written_is_named_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *_, **__: pytest.fail("executed"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UnwritablePathError, match="file"):
+        notebooks.execute("02_proxies", {}, build=tmp_path / "file")
+    with pytest.raises(UnwritablePathError, match="file"):
+        notebooks.write_student_copies(tmp_path / "file")
+
+
+def test_costs_that_cannot_be_written_are_named(tmp_path, monkeypatch):
+    """As in a checkout that is read-only."""
+    cost = nbformat.v4.new_output("stream", text='{"device": "a", "memory_bytes": 1, "gpu_memory_bytes": 0}')
+    executed = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("", outputs=[cost])])
+    (tmp_path / "source" / "book").mkdir(parents=True)
+    nbformat.write(executed, tmp_path / "source" / "book" / "x.ipynb")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(notebooks, "COSTS", tmp_path / "file" / "chapters.json")
+    with pytest.raises(UnwritablePathError, match="chapters.json"):
+        notebooks.record_cost("x", "digits-resnet8", tmp_path, seconds=1)
+    monkeypatch.setattr(notebooks, "COSTS", tmp_path / "chapters.json")
+    notebooks.record_cost("x", "digits-resnet8", tmp_path, seconds=1)
+    recorded = json.loads((tmp_path / "chapters.json").read_text())
+    assert recorded == {"a": {"digits-resnet8": {"x": {"seconds": 1, "memory_bytes": 1, "gpu_memory_bytes": 0}}}}
