@@ -9,13 +9,13 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 
 import numpy as np
 
+from emq_lib.core.checks import real_number, real_numbers, whole_number
 from emq_lib.core.costs import choice_indices
 from emq_lib.core.errors import CorruptArtefactError, InvalidParameterError
 from emq_lib.core.journal import Journal
 from emq_lib.evolution.evaluator import Evaluator
 from emq_lib.evolution.genotypes import Genotype, canonical, parse
 from emq_lib.evolution.spaces import Space, require_rng
-from emq_lib.core.checks import real_number, real_numbers, whole_number
 from emq_lib.proxies.ranking import fitness_many
 from emq_lib.proxies.resampling import MINIMUM
 from emq_lib.proxies.scores import SEPARABLE, is_table, score

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from emq_lib.core.checks import whole_number
 from emq_lib.core.errors import InvalidParameterError
 from emq_lib.core.profiles import EvolutionBudget
 from emq_lib.evolution.fitness import ATTEMPTS, Individual, Judge
 from emq_lib.evolution.genotypes import Genotype
 from emq_lib.evolution.spaces import Space, cross, require_probability, require_rng
-from emq_lib.core.checks import whole_number
 
 PARENTS = 0.5  # share of the population that may become parents
 CROSSOVER = MUTATION = GENES = 0.5  # of children that are crossed, of children and of their genes that are mutated

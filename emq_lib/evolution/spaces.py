@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from emq_lib.core.checks import whole_number
 from emq_lib.core.errors import GenotypeSyntaxError, InvalidParameterError
 from emq_lib.evolution.genotypes import Genotype, require_genotype, require_lengths, require_names
 from emq_lib.evolution.primitives import BINARIES, CHAINS, INPUT_COUNT, INPUTS, STRUCTURES, UNARIES, Binary, Unary
-from emq_lib.core.checks import whole_number
 from emq_lib.proxies.scores import AGGREGATIONS
 
 
