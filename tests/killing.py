@@ -1,0 +1,189 @@
+"""Runs that are killed: a job in a process of its own, ended with SIGKILL at a step of its files or after a time.
+
+A job is a function at the top of a test module (or a `functools.partial` of one) that writes into the study's folder.
+:func:`check_kills` kills it again and again on copies of a folder and compares what the next run makes of the remains.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import multiprocessing
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pandas as pd
+
+KILLS = int(os.environ.get("EMQ_KILLS", "12"))  # of every job, half of them at steps; 200 for the whole measurement
+PATIENCE = 20  # seconds that what a killed process started may take to end
+WALL_TIMES = ("seconds", "costs")
+_STEPS = ("os.rename", "os.remove", "os.truncate")
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+_HEAVY = ("torch._dynamo", "book.studies.bench", "book.studies.proxies", "book.studies.evolution")
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a run ended: killed or by itself, after how many seconds and how many steps (known if it ended by itself)."""
+
+    killed: bool
+    seconds: float
+    steps: int = 0
+
+
+def run(job: Callable[[], object], root: pathlib.Path, *, step: int | None = None, after: float | None = None) -> Run:
+    """Run a job with ``EMQ_STUDY_ROOT=root`` in a process of its own, and kill it.
+
+    Args:
+        job: what it does.
+        root: the folder of studies.
+        step: kill it just before this step, counted from 0. A step opens a file under `root` for writing, renames,
+            removes or truncates one.
+        after: kill it after so many seconds.
+
+    Raises:
+        AssertionError: the job raised an error, or something that it started is still running after 20 seconds.
+    """
+    receiver, sender = _server().Pipe(duplex=False)
+    process = _server().Process(target=_child, args=(job, str(root), step, sender))
+    process.start()
+    sender.close()
+    receiver.recv()  # it is ready
+    started = time.perf_counter()
+    process.join(after)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    seconds = time.perf_counter() - started
+    _check_nothing_runs(process.pid)
+    try:
+        result = receiver.recv()
+    except EOFError:
+        assert process.exitcode == -signal.SIGKILL, f"it ended with {process.exitcode}"
+        return Run(True, seconds)
+    assert isinstance(result, int), result
+    return Run(False, seconds, result)
+
+
+@functools.cache
+def _server() -> multiprocessing.context.BaseContext:
+    """Return what starts processes: a server that has imported the library once and forks."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*_HEAVY, __name__])
+    return context
+
+
+def _child(job: Callable[[], object], root: str, step: int | None, sender: multiprocessing.connection.Connection):
+    os.setpgid(0, 0)
+    os.environ["EMQ_STUDY_ROOT"] = root
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    steps = 0
+
+    def count(event: str, details: tuple) -> None:
+        nonlocal steps
+        writes = event in _STEPS or (event == "open" and (details[2] or 0) & _WRITES)
+        if writes and isinstance(details[0], str | os.PathLike) and os.fspath(details[0]).startswith(root):
+            if steps == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            steps += 1
+
+    sys.addaudithook(count)
+    sender.send("ready")
+    try:
+        job()
+    except BaseException:
+        sender.send(traceback.format_exc())
+    else:
+        sender.send(steps)
+
+
+def _check_nothing_runs(group: int) -> None:
+    """Raise unless every process of a group ends soon."""
+    deadline = time.monotonic() + PATIENCE
+    while left := _running(group):
+        if time.monotonic() > deadline:
+            os.killpg(group, signal.SIGKILL)
+            raise AssertionError(f"processes {left} outlive the one that started them")
+        time.sleep(0.05)
+
+
+def _running(group: int) -> list[int]:
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,pgid=,stat="], capture_output=True, text=True, check=True)
+    rows = (line.split() for line in listed.stdout.splitlines())
+    return [int(pid) for pid, of, state in rows if int(of) == group and not state.startswith("Z")]
+
+
+def check_kills(
+    job: Callable[[], object], start: pathlib.Path, scratch: pathlib.Path, *, kills: int = KILLS, seed: int = 0
+) -> Run:
+    """Kill a job at its steps and at random moments; after each, the same job must end as if it had not been killed.
+
+    Half of the kills fall at steps, evenly spread over all of them; at a random moment the job is killed once, twice or
+    three times in a row. Then it runs to its end: every file of the folder has the bytes of an undisturbed run, wall
+    times aside, and there is no other file.
+
+    Args:
+        job: what it does, resumably.
+        start: a folder of studies to start from, which stays as it is.
+        scratch: an empty folder.
+        kills: how many.
+        seed: of the random moments.
+
+    Returns:
+        the undisturbed run.
+    """
+    calm = run(job, shutil.copytree(start, scratch / "calm"))
+    truth = contents(scratch / "calm")
+    for number, blows in enumerate(_blows(calm, kills, random.Random(seed))):
+        root = shutil.copytree(start, scratch / str(number))
+        for blow in blows:
+            run(job, root, **blow)
+        run(job, root)
+        found = contents(root)
+        assert found.keys() == truth.keys(), (blows, found.keys() ^ truth.keys())
+        assert [name for name in truth if found[name] != truth[name]] == [], blows
+        shutil.rmtree(root)
+    return calm
+
+
+def _blows(calm: Run, kills: int, rng: random.Random) -> Iterator[list[dict[str, float]]]:
+    """Yield the kills of one start after another: a step, or one to three moments."""
+    at_steps = min(kills // 2, calm.steps)
+    yield from ([{"step": number * calm.steps // at_steps}] for number in range(at_steps))
+    left = kills - at_steps
+    while left:
+        count = min(left, rng.randint(1, 3))
+        yield [{"after": rng.uniform(0, calm.seconds)} for _ in range(count)]
+        left -= count
+
+
+def contents(root: pathlib.Path) -> dict[str, object]:
+    """Return what stands in every file below a folder, locks and wall times aside."""
+    paths = (path for path in sorted(root.rglob("*")) if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(root)): _content(path) for path in paths}
+
+
+def _content(path: pathlib.Path) -> object:
+    if path.suffix == ".csv":
+        table = pd.read_csv(io.BytesIO(path.read_bytes()), dtype=str, keep_default_na=False)
+        return table.drop(columns=[name for name in WALL_TIMES if name in table]).to_csv()
+    if path.suffix in (".json", ".jsonl"):
+        lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+        return [_without_wall_times(json.loads(line)) for line in lines]
+    return path.read_bytes()
+
+
+def _without_wall_times(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _without_wall_times(part) for name, part in value.items() if name not in WALL_TIMES}
+    return [_without_wall_times(part) for part in value] if isinstance(value, list) else value
