@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from emq_lib.core.errors import UnsupportedModelError
-from emq_lib.core.tracing import trace
+from emq_lib.core.tracing import is_one_tensor, trace
 
 
 def fold_batchnorm(model: nn.Module) -> torch.fx.GraphModule:
@@ -44,7 +44,7 @@ def fold_batchnorm(model: nn.Module) -> torch.fx.GraphModule:
         traced.set_submodule(before.target, modules[before.target])
         node.replace_all_uses_with(before)
         graph.erase_node(node)
-    return torch.fx.GraphModule(traced, graph)
+    return torch.fx.GraphModule(traced, graph).eval()
 
 
 def describe_layers(
@@ -174,7 +174,7 @@ def segments(model: torch.fx.GraphModule, layers: Sequence[str]) -> list[tuple[n
         alive = [other for other in range(index + 1) if last_use[other] > index]
         following = nodes[min(index + 1, len(nodes) - 1)]
         goes_on = following.op == "get_attr" or (last_use[index] == index + 1 and following.target not in layers)
-        if alive == [index] and held[part] and following.op != "output" and not goes_on:
+        if alive == [index] and held[part] and following.op != "output" and not goes_on and is_one_tensor(node):
             part += 1
             held.append([])
     if not held[-1]:

@@ -104,7 +104,7 @@ def trace(model: nn.Module) -> torch.fx.GraphModule:
     for module in model.modules():
         if getattr(module, "inplace", False):
             module.inplace = False
-    return torch.fx.GraphModule(model, graph)
+    return torch.fx.GraphModule(model, graph).eval()
 
 
 def _replace_writes(graph: torch.fx.Graph, root: nn.Module) -> None:
@@ -190,6 +190,16 @@ def _check_parts(node: torch.fx.Node, related: Iterable[torch.fx.Node]) -> None:
             )
 
 
+def is_one_tensor(node: torch.fx.Node) -> bool:
+    """Return whether a traced value is a tensor, and neither a number nor several tensors, as far as one can tell."""
+    indexed = any(user.target is operator.getitem and isinstance(user.args[1], int) for user in node.users)
+    if indexed or _is_number(node):
+        return False
+    if node.op not in ("call_function", "call_method") or _is_operator(node):
+        return True
+    return all([str(returned.type) for returned in schema.returns] == ["Tensor"] for schema in _schemas(_name(node)))
+
+
 def _sources(node: torch.fx.Node, root: nn.Module) -> tuple[list[torch.fx.Node], bool]:
     """Return the nodes whose memory a node's value may share, and whether it is known to be the first one's tensor."""
     if node.op in ("placeholder", "get_attr", "output") or _is_number(node):
@@ -209,11 +219,16 @@ def _sources(node: torch.fx.Node, root: nn.Module) -> tuple[list[torch.fx.Node],
 
 def _may_be_a_view(name: str) -> bool:
     """Return whether the result of an operation may share the memory of its arguments: by its schemas, if known."""
+    schemas = _schemas(name)
+    shared = any(returned.alias_info is not None for schema in schemas for returned in schema.returns)
+    return shared or not schemas or "dropout" in name
+
+
+def _schemas(name: str) -> list[torch._C.FunctionSchema]:
+    """Return how PyTorch declares an operation on tensors of this name; empty if it does not."""
     packet = getattr(torch.ops.aten, name, None)
-    if packet is None or "dropout" in name:
-        return True
-    schemas = [getattr(packet, overload)._schema for overload in packet.overloads() if "out" not in overload]
-    return any(returned.alias_info is not None for schema in schemas for returned in schema.returns)
+    found = [getattr(packet, each)._schema for each in packet.overloads() if "out" not in each] if packet else []
+    return [schema for schema in found if any("Tensor" in str(argument.type) for argument in schema.arguments)]
 
 
 def _is_number(value: object) -> bool:
