@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from emq_lib.allocation.exact import Allocation, relaxation
+from emq_lib.allocation.knapsack import Knapsack, allowed_widths, checked_cost, rounding
+from emq_lib.core.checks import random_source, real_number, real_numbers, whole_number
 from emq_lib.core.costs import CostTable, choice_indices, gather
-from emq_lib.core.errors import InfeasibleBudgetError, InvalidScoreError
+from emq_lib.core.errors import InfeasibleBudgetError, InvalidParameterError, InvalidScoreError
 
 POOL, STARTS = 2_000, 10
 MUTANTS, MUTATED, RELEASED = 50_000, (1, 2, 3), (0.1, 0.3, 0.6)  # of the released code; the last for three choices
@@ -28,9 +30,24 @@ def random_within(
     Args:
         cost: table of shape (S, B), increasing in the width.
         budget: its upper bound, at least the smallest reachable cost.
-        choices: the B allowed widths.
+        choices: the B allowed widths, increasing.
         rng: source of randomness.
+
+    Raises:
+        InfeasibleBudgetError: a budget below the smallest cost.
+        InvalidBitsError: choices that are no widths, or do not increase.
+        InvalidParameterError: a cost that is none or falls with the width, no finite budget, or no generator.
     """
+    choices = allowed_widths(choices)
+    cost = _rising(checked_cost(cost, "cost", len(choices)), "cost")
+    _check_reach(cost, "cost", real_number(budget, "budget"))
+    return _raised_at_random(cost, budget, choices, rng=random_source(rng))
+
+
+def _raised_at_random(
+    cost: CostTable, budget: float, choices: tuple[int, ...], *, rng: np.random.Generator
+) -> tuple[int, ...]:
+    """Do what :func:`random_within` does, unchecked."""
     selected = np.zeros(len(cost.table), dtype=int)
     left = budget - cost.smallest
     for slot in rng.permutation(np.repeat(np.arange(len(selected)), len(choices) - 1)):
@@ -67,18 +84,23 @@ def allocate_locally(
 
     Raises:
         InfeasibleBudgetError: no configuration of the pool is within the budgets.
-        InvalidScoreError: a score is not finite.
+        InvalidBitsError: choices that are no widths, or do not increase; a start with other widths.
+        ConfigLengthError: a start of another length.
+        InvalidScoreError: the score does not give one finite number per configuration.
+        InvalidParameterError: a cost or a budget that is none, no budget, a cost that falls with the width, no
+            generator, an empty pool.
     """
-    names = list(budgets)
-    for name in names:
-        if costs[name].smallest > budgets[name]:
-            raise InfeasibleBudgetError(
-                f"No configuration fits {name} <= {budgets[name]:.12g}: the smallest has {costs[name].smallest:.12g} "
-                f"{costs[name].unit}. Raise the budget."
-            )
-    bounding = itertools.cycle(names)
-    drawn = {random_within(costs[name], budgets[name], choices, rng=rng) for name in itertools.islice(bounding, pool)}
-    configs = np.array(sorted(drawn | {tuple(map(int, start)) for start in starts}))
+    costs, budgets, choices = _checked(costs, budgets, choices)
+    rng, pool = random_source(rng), whole_number(pool, "pool", 1)
+    for name, budget in budgets.items():
+        _check_reach(_rising(costs[name], name), name, budget)
+    slots = len(next(iter(costs.values())).table)
+    drawn = {
+        _raised_at_random(costs[name], budgets[name], choices, rng=rng)
+        for name in itertools.islice(itertools.cycle(budgets), pool)
+    }
+    drawn |= {tuple(np.array(choices)[choice_indices(start, choices, slots)[0]].tolist()) for start in starts}
+    configs = np.array(sorted(drawn))
     configs = configs[_fits(configs, costs, budgets, choices)]
     if not len(configs):
         raise InfeasibleBudgetError(f"None of {pool} random configurations is within {dict(budgets)}. Raise a budget.")
@@ -104,6 +126,7 @@ def allocate_rounded(
 
     Raises:
         InfeasibleBudgetError: no configuration fits, or no rounding does.
+        InvalidBitsError, InvalidScoreError, InvalidParameterError: as :func:`emq_lib.allocation.exact.allocate`.
     """
     shares, _, _ = relaxation(scores, costs, budgets, choices)
     average = shares @ np.arange(len(choices))
@@ -143,8 +166,12 @@ def allocate_by_mutation(
 
     Raises:
         InfeasibleBudgetError: no mutant is within the budgets.
+        ConfigLengthError, InvalidBitsError: a root of another length, or with other widths than the choices.
+        InvalidScoreError, InvalidParameterError: as :func:`allocate_locally`.
     """
-    root = np.asarray(root)
+    costs, budgets, choices = _checked(costs, budgets, choices)
+    rng = random_source(rng)
+    root = np.array(choices)[choice_indices(root, choices, len(next(iter(costs.values())).table))[0]]
     chances = RELEASED if len(choices) == len(RELEASED) else None
     configs = np.repeat(root[None], MUTANTS, axis=0)
     counts = rng.choice(MUTATED, size=MUTANTS)
@@ -161,6 +188,36 @@ def allocate_by_mutation(
     return _described(configs[found.argmax()], float(found.max()), costs, choices)
 
 
+def _checked(
+    costs: Mapping[str, CostTable], budgets: Mapping[str, float], choices: Sequence[int]
+) -> tuple[Mapping[str, CostTable], Mapping[str, float], tuple[int, ...]]:
+    """Return costs, budgets and choices after checking them; there must be a budget to search within."""
+    widths, slots = allowed_widths(choices), 1
+    for name, cost in costs.items() if isinstance(costs, Mapping) else ():
+        slots = len(checked_cost(cost, name, len(widths)).table)
+    asked = Knapsack.checked(np.zeros((slots, len(widths))), costs, budgets, widths)
+    if not asked.budgets:
+        raise InvalidParameterError("Give a budget: without one every layer takes its best width.")
+    return asked.costs, asked.budgets, asked.choices
+
+
+def _rising(cost: CostTable, name: str) -> CostTable:
+    """Return a cost after checking that no width costs less than a narrower one."""
+    if (np.diff(cost.table, axis=1) < 0).any():
+        raise InvalidParameterError(
+            f"The cost {name!r} falls with the width; configurations are raised while they fit."
+        )
+    return cost
+
+
+def _check_reach(cost: CostTable, name: str, budget: float) -> None:
+    if cost.smallest > budget + rounding(cost, budget):
+        raise InfeasibleBudgetError(
+            f"No configuration fits {name} <= {budget:.12g}: the smallest has {cost.smallest:.12g} {cost.unit}. "
+            "Raise the budget."
+        )
+
+
 def _fits(
     configs: np.ndarray, costs: Mapping[str, CostTable], budgets: Mapping[str, float], choices: Sequence[int]
 ) -> np.ndarray:
@@ -171,9 +228,9 @@ def _fits(
 
 
 def _scored(score: Score, configs: np.ndarray) -> np.ndarray:
-    found = np.asarray(score(configs), dtype=np.float64)
-    if not np.isfinite(found).all():
-        raise InvalidScoreError("the score of a configuration is NaN or infinite: nothing can be allocated by it.")
+    found = real_numbers(score(configs), "scores of configurations")
+    if found.shape != (len(configs),):
+        raise InvalidScoreError(f"a score must give one number per configuration; {len(configs)} gave {found.shape}.")
     return found
 
 

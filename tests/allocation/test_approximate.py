@@ -100,7 +100,7 @@ def test_what_cannot_be_met_or_scored_is_named():
         approximate.allocate_locally(score, costs, tight, CHOICES, rng=rng)
     with pytest.raises(InfeasibleBudgetError, match="smaller root"):
         approximate.allocate_by_mutation(score, (4,) * 6, costs, {"size": costs["size"].smallest}, CHOICES, rng=rng)
-    with pytest.raises(InvalidScoreError, match="NaN or infinite"):
+    with pytest.raises(InvalidScoreError, match="NaN or infinity"):
         approximate.allocate_locally(lambda c: np.full(len(c), np.nan), costs, budgets, CHOICES, rng=rng)
     cost = CostTable("price", "units", 0.0, np.array([[0.0, 5.0, 9.0]] * 2))
     with pytest.raises(InfeasibleBudgetError):
