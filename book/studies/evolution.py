@@ -124,14 +124,14 @@ def _build(
     workers: int | None,
     device: str,
 ) -> None:
-    started, lines = time.perf_counter(), []
+    started, lines, hashes = time.perf_counter(), [], read_hashes(others)
     finished = share(functools.partial(_lines, profile, others, filename, device), several, workers)
     progress = tqdm(zip(several, finished, strict=True), total=len(several), desc=profile.name, unit="search")
     for run, found in progress:
         lines += found
         best = max(map(json.loads, found), key=lambda line: line["fitness"])
         progress.set_postfix_str(f"{run.name}: {best['fitness']:.3f} {best['best']}")
-    entry = {"seconds": time.perf_counter() - started, "rows": len(lines), "others": read_hashes(others)}
+    entry = {"seconds": time.perf_counter() - started, "rows": len(lines), "others": hashes}
     with new_file(profile, filename, **entry) as path:
         path.write_text("".join(line + "\n" for line in lines))
     shutil.rmtree(study_folder(profile) / _resume(filename))
