@@ -7,7 +7,7 @@ In a property test::
     @given(model=networks())
     def test_something(model): ...
 
-`model` is in evaluation mode and takes ``pictures(count)``: float32 of shape (count, 3, 8, 8). It may write to them.
+`model` is in evaluation mode and takes ``pictures(count)``: float32 of shape (count, 3, 10, 10). It may write to them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,13 @@ ACTIVATIONS = {
     "gelu": nn.GELU,
 }
 BLOCKS = ("plain", "strided", "grouped", "depthwise", "residual", "preactivated", "concatenation", "excitation")
-BLOCKS += ("broadcast", "attention")
+BLOCKS += ("broadcast", "attention", "reflected", "circular", "same", "same even")
+PADDING = {
+    "reflected": {"padding": 1, "padding_mode": "reflect"},
+    "circular": {"padding": (1, 2), "padding_mode": "circular"},
+    "same": {"padding": "same", "dilation": 2},
+    "same even": {"kernel_size": (2, 4), "padding": "same"},
+}
 
 
 class _Function(nn.Module):
@@ -54,7 +60,8 @@ class Block(nn.Module):
         super().__init__()
         self.kind, self.activation = kind, ACTIVATIONS[activation]()
         groups = {"grouped": 4, "depthwise": WIDTH}.get(kind, 1)
-        self.conv1 = nn.Conv2d(WIDTH, WIDTH, 3, 2 if kind == "strided" else 1, 1, groups=groups, bias=False)
+        how = {"kernel_size": 3, "stride": 2 if kind == "strided" else 1, "padding": 1} | PADDING.get(kind, {})
+        self.conv1 = nn.Conv2d(WIDTH, WIDTH, groups=groups, bias=False, **how)
         self.norm1 = nn.BatchNorm2d(WIDTH)
         if kind in ("residual", "depthwise", "preactivated"):
             self.conv2, self.norm2 = nn.Conv2d(WIDTH, WIDTH, 1), nn.BatchNorm2d(WIDTH)
@@ -91,7 +98,7 @@ class Block(nn.Module):
 
 
 class RandomNetwork(nn.Module):
-    """A stem, blocks and a classifier of 5 classes, for images of shape (3, 8, 8)."""
+    """A stem, blocks and a classifier of 5 classes, for images of shape (3, 10, 10)."""
 
     def __init__(self, blocks: list[tuple[str, str]], seed: int, normalizes_in_place: bool) -> None:
         super().__init__()
@@ -120,7 +127,7 @@ def networks(kinds: tuple[str, ...] = BLOCKS, activations: tuple[str, ...] = tup
     return st.builds(RandomNetwork, st.lists(block, min_size=1, max_size=4), st.integers(0, 10_000), st.booleans())
 
 
-def pictures(count: int, seed: int = 0, shape: tuple[int, ...] = (3, 8, 8)) -> torch.Tensor:
+def pictures(count: int, seed: int = 0, shape: tuple[int, ...] = (3, 10, 10)) -> torch.Tensor:
     """Return random float32 inputs."""
     return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
 

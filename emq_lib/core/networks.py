@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from emq_lib.core.bank import WeightBank
+from emq_lib.core.errors import UnsupportedModelError
 from emq_lib.core.graphs import segments
 from emq_lib.core.quantizers import ActivationRange, QuantizedWeight
 
@@ -30,12 +31,17 @@ class QuantizedLayer(nn.Module):
         layer: the float layer.
         weights: bits -> its quantized weight.
         activation_range: range of its input.
+
+    Raises:
+        UnsupportedModelError: a convolution that does not pad by numbers of zeros, as those of a folded network do.
     """
 
     def __init__(
         self, layer: nn.Conv2d | nn.Linear, weights: Mapping[int, QuantizedWeight], activation_range: ActivationRange
     ) -> None:
         super().__init__()
+        if isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
+            raise UnsupportedModelError(f"{layer} does not pad by numbers of zeros; take it from a folded network.")
         self.activation_range, self._weights = activation_range, weights
         self._float = (layer,)  # in a tuple, so that it does not count as a part of this module
         self._channel = (-1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)

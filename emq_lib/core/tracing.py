@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from emq_lib.core.errors import UnsupportedModelError
@@ -80,7 +81,8 @@ def trace(model: nn.Module) -> torch.fx.GraphModule:
     """Return a copy of a network, in evaluation mode, as a graph of out-of-place operations.
 
     In-place modules, functions, methods and augmented assignments are replaced, and whoever reads an overwritten
-    tensor later reads the new one: the graph computes the same function, and writes to nobody's tensor.
+    tensor later reads the new one: the graph computes the same function, and writes to nobody's tensor. Its
+    convolutions pad by numbers of zeros; an operation before them pads in any other way.
 
     Args:
         model: network of one tensor, which `torch.fx` can trace; it stays as it is.
@@ -100,11 +102,30 @@ def trace(model: nn.Module) -> torch.fx.GraphModule:
     for node in graph.nodes:
         if node.op == "call_module" and "input" in node.kwargs:
             node.args, node.kwargs = (node.kwargs["input"],), {}
+    _pad_by_hand(graph, model)
     _replace_writes(graph, model)
     for module in model.modules():
         if getattr(module, "inplace", False):
             module.inplace = False
     return torch.fx.GraphModule(model, graph).eval()
+
+
+def _pad_by_hand(graph: torch.fx.Graph, root: nn.Module) -> None:
+    """Take padding by other values than zeros, or on one side, or said in words, out of the convolutions."""
+    rewritten = set()
+    for node in list(graph.nodes):
+        layer = root.get_submodule(node.target) if node.op == "call_module" else None
+        if not isinstance(layer, nn.Conv2d) or (layer.padding_mode == "zeros" and not isinstance(layer.padding, str)):
+            continue
+        left, right, top, bottom = amounts = tuple(layer._reversed_padding_repeated_twice)
+        inside = (top, left) if layer.padding_mode == "zeros" and (left, top) == (right, bottom) else (0, 0)
+        if inside != (top, left):
+            mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+            with graph.inserting_before(node):
+                node.args = (graph.call_function(F.pad, (node.args[0], amounts), {"mode": mode}),)
+        rewritten.add((layer, inside))
+    for layer, inside in rewritten:
+        layer.padding, layer.padding_mode = inside, "zeros"
 
 
 def _replace_writes(graph: torch.fx.Graph, root: nn.Module) -> None:
@@ -164,7 +185,7 @@ def _make_out_of_place(node: torch.fx.Node) -> None:
     elif name in _FILLING:
         node.op, node.target = "call_function", _FILLING[name]
     elif name.endswith("_"):
-        places = [torch.Tensor] if node.op == "call_method" else [torch.nn.functional, torch]
+        places = [torch.Tensor] if node.op == "call_method" else [F, torch]
         found = next((getattr(place, name[:-1]) for place in places if hasattr(place, name[:-1])), None)
         if found is None or name in _MISNAMED or getattr(node.target, "__module__", "") == "torch.nn.init":
             raise UnsupportedModelError(f"{_place(node)}: {name} has no out-of-place form. Write one.")

@@ -5,14 +5,15 @@ import random
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from emq_lib.core import graphs
+from emq_lib.core.errors import UnsupportedModelError
 from emq_lib.core.models import MODELS
 from emq_lib.core.networks import QuantizedLayer
+from emq_lib.core.quantizers import ActivationRange, quantize
 from tests.networks import networks, pictures, quantized, registered
 
 
@@ -60,11 +61,9 @@ class _ExactLayer(nn.Module):
         integers = (self.weight.codes.double().flatten(1) - self.weight.zero_point[:, None].double()).view_as(
             self.weight.codes
         )
-        if isinstance(self.layer, nn.Linear):
-            sums = F.linear(codes, integers)
-        else:
-            layer = self.layer
-            sums = F.conv2d(codes, integers, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+        exact = copy.deepcopy(self.layer).double()
+        exact.weight.data, exact.bias = integers, None
+        sums = exact(codes)
         scale = self.seen.scale * self.weight.scale
         return sums.float() * scale.view(self.channel) + self.bias.view(self.channel)
 
@@ -145,3 +144,10 @@ def test_macs_of_random_networks_are_those_of_a_count(model):
     counted = counter.get_flop_counts()["Global"]
     assert 2 * table["macs"].sum() == sum(counted.get(op, 0) for op in (aten.convolution, aten.addmm, aten.mm))
     assert table["macs"].to_dict() == uses
+
+
+@pytest.mark.parametrize("how", [{"padding": 1, "padding_mode": "reflect"}, {"padding": "same"}, {"padding": "valid"}])
+def test_a_layer_of_an_unfolded_network_with_other_padding_is_refused(how):
+    layer = nn.Conv2d(3, 4, 3, **how)
+    with pytest.raises(UnsupportedModelError, match="numbers of zeros; take it from a folded"):
+        QuantizedLayer(layer, {3: quantize(layer.weight, 3)}, ActivationRange(0.1, 0, 8))
