@@ -5,6 +5,7 @@ Explained in chapter 03.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,7 @@ from emq_lib.proxies.layer_statistics import LayerStatistics, sampled
 from emq_lib.proxies.scores import score
 
 REMEMBERED = 400  # values that an evaluator keeps
+_LARGEST = float(torch.finfo(torch.float32).max)
 
 
 @dataclass(frozen=True)
@@ -283,7 +285,7 @@ class Evaluator:
             "A": lambda: [a[None] for a in statistics.activations],
             "G": lambda: [g[None] for g in statistics.gradients],
             "V": lambda: [v[None] for v in statistics.virtual_gradients],
-            "R": lambda: [r[None] for r in statistics.positive_gradients],
+            "R": lambda: _in_range([r[None] for r in statistics.positive_gradients]),
             "H": lambda: [h[None] for h in statistics.curvature],
             "C": lambda: [c[None] / (2 * c.shape[1]) ** 0.5 for c in statistics.channel_products],
         }[name]()
@@ -296,3 +298,12 @@ class Evaluator:
     def _row(self, numbers: np.ndarray | Sequence) -> Tensor:
         """Return numbers as one row, (1, N)."""
         return self._tensor(numbers)[None]
+
+
+def _in_range(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return float64 tensors in a larger unit where float32 cannot hold their numbers: the same for all layers."""
+    largest = max(tensor.abs().max().item() for tensor in tensors)
+    if largest <= _LARGEST:
+        return tensors
+    unit = 2.0 ** (math.ceil(math.log2(largest)) - 32)  # so that there is room for squares and sums
+    return [tensor / unit for tensor in tensors]

@@ -9,13 +9,13 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 
 import numpy as np
 
-from emq_lib.core.checks import real_number, real_numbers, whole_number
+from emq_lib.core.checks import random_source, real_number, real_numbers, whole_number
 from emq_lib.core.costs import choice_indices
 from emq_lib.core.errors import CorruptArtefactError, InvalidParameterError
 from emq_lib.core.journal import Journal
 from emq_lib.evolution.evaluator import Evaluator
 from emq_lib.evolution.genotypes import Genotype, canonical, parse
-from emq_lib.evolution.spaces import Space, require_rng
+from emq_lib.evolution.spaces import Space
 from emq_lib.proxies.ranking import fitness_many
 from emq_lib.proxies.resampling import MINIMUM
 from emq_lib.proxies.scores import SEPARABLE, is_table, score
@@ -60,8 +60,12 @@ class Problem:
         if count < MINIMUM:
             raise InvalidParameterError(f"fitness needs {MINIMUM} configurations or more, got {count}.")
         accuracy = real_numbers(self.accuracy, "accuracies", ndim=1)
-        if len(accuracy) != count:
-            raise InvalidParameterError(f"{count} configurations need as many accuracies, got {len(accuracy)}.")
+        if not (isinstance(self.configs, np.ndarray) and isinstance(self.accuracy, np.ndarray)):
+            raise InvalidParameterError("configurations and accuracies must be NumPy arrays; np.array(...) makes them.")
+        if self.configs.ndim != 2 or len(accuracy) != count:
+            raise InvalidParameterError(
+                f"configurations (N, S) need N accuracies, got {self.configs.shape} and {len(accuracy)}."
+            )
         if np.ptp(accuracy) == 0:
             raise InvalidParameterError("all configurations are equally accurate, so nothing can be ranked.")
         for group in () if self.groups is None else self.groups or ((),):
@@ -94,7 +98,7 @@ class Problem:
         Raises:
             InvalidParameterError: no number of times, no source of randomness, or halves of fewer than 30.
         """
-        require_rng(rng)
+        random_source(rng)
         whole_number(times, "the number of halves", 1)
         halves = [rng.permutation(len(self.configs))[: len(self.configs) // 2] for _ in range(times)]
         return [replace(self, configs=self.configs[half], accuracy=self.accuracy[half]) for half in halves]
@@ -221,8 +225,7 @@ class Judge:
             raise InvalidParameterError(f"a judge needs a list of one Problem or more, got {self.problems!r:.80}.")
         if not (isinstance(self.across, str) and self.across in ACROSS):
             raise InvalidParameterError(f"unknown way {self.across!r:.80} across problems; known: {', '.join(ACROSS)}.")
-        if self.penalty != 0:
-            real_number(self.penalty, "the penalty of an operation", 0, math.inf)
+        real_number(self.penalty, "the penalty of an operation", 0, math.inf, ends=True)
 
     def judge(self, genotype: Genotype) -> Individual | None:
         """Return the candidate with its fitness, or None if its scores are not finite or rank nothing.

@@ -286,8 +286,8 @@ def _without_last_mean(chain: tuple[str, ...], *, pairs: bool) -> tuple[str, ...
     return chain if pairs or chain[-1] != "mean" else chain[:-1] or ("no_op",)
 
 
-# Hand-made proxies that are points of the space: the same scores as by hand, up to what a sample of the weights of
-# large layers says of all of them.
+# Hand-made proxies that are points of the space: the same scores as by hand. Formulas read a sample of large layers, so
+# those that add up over weights are estimates there, good ones but for bit-plain, whose terms cancel.
 KNOWN: Mapping[str, Genotype] = {
     name: parse(text)
     for name, text in {

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from emq_lib.core.checks import whole_number
+from emq_lib.core.checks import random_source, real_number, whole_number
 from emq_lib.core.errors import InvalidParameterError
 from emq_lib.core.profiles import EvolutionBudget
 from emq_lib.evolution.fitness import ATTEMPTS, Individual, Judge
 from emq_lib.evolution.genotypes import Genotype
-from emq_lib.evolution.spaces import Space, cross, require_probability, require_rng
+from emq_lib.evolution.spaces import Space, cross
 
 PARENTS = 0.5  # share of the population that may become parents
 CROSSOVER = MUTATION = GENES = 0.5  # of children that are crossed, of children and of their genes that are mutated
@@ -89,8 +89,9 @@ def evolve(
         GenotypeSyntaxError: what is known is no genotype.
         DiskFullError, UnwritablePathError: the judge's journal cannot be written.
     """
-    _check(judge, space, rng, budget)
-    require_probability(genes, "the share of genes")
+    _check(judge, space, rng)
+    _check_budget(budget)
+    real_number(genes, "the share of genes that a mutation draws", 0, 1, ends=True)
     size = budget.population // whole_number(islands, "the number of islands", 1)
     if size < 4:
         raise InvalidParameterError(f"{islands} islands of {budget.population} have {size} members; give each 4.")
@@ -118,14 +119,17 @@ def evolve(
         yield _state(iteration, judge, populations)
 
 
-def _check(judge: Judge, space: Space, rng: np.random.Generator, budget: EvolutionBudget | None = None) -> None:
-    for what, kind in ((judge, Judge), (space, Space)):
-        if not isinstance(what, kind):
-            raise InvalidParameterError(f"a search needs a {kind.__name__}, got {what!r:.80}.")
-    require_rng(rng)
-    if budget is not None:
-        whole_number(budget.population, "the population", 4)
-        whole_number(budget.iterations, "the number of iterations", 0)
+def _check(judge: Judge, space: Space, rng: np.random.Generator) -> None:
+    if not (isinstance(judge, Judge) and isinstance(space, Space)):
+        raise InvalidParameterError(f"a search needs a Judge and a Space, got {judge!r:.80} and {space!r:.80}.")
+    random_source(rng)
+
+
+def _check_budget(budget: EvolutionBudget) -> None:
+    if not isinstance(budget, EvolutionBudget):
+        raise InvalidParameterError(f"a search needs an EvolutionBudget, got {budget!r:.80}.")
+    whole_number(budget.population, "the population", 4)
+    whole_number(budget.iterations, "the number of iterations", 0)
 
 
 def _sorted(population: Iterable[Individual]) -> list[Individual]:
@@ -206,7 +210,8 @@ def evolve_front(
             finite; or a space without enough valid formulas.
         DiskFullError, UnwritablePathError: the judge's journal cannot be written.
     """
-    _check(judge, space, rng, budget)
+    _check(judge, space, rng)
+    _check_budget(budget)
 
     def goals(member: Individual) -> tuple[float, float, float]:
         return -member.fitness, cost(member.genotype), member.genotype.complexity

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from emq_lib.core.checks import whole_number
-from emq_lib.core.errors import GenotypeSyntaxError, InvalidParameterError
+from emq_lib.core.checks import random_source, real_number, whole_number
+from emq_lib.core.errors import GenotypeSyntaxError
 from emq_lib.evolution.genotypes import Genotype, require_genotype, require_lengths, require_names
 from emq_lib.evolution.primitives import BINARIES, CHAINS, INPUT_COUNT, INPUTS, STRUCTURES, UNARIES, Binary, Unary
 from emq_lib.proxies.scores import AGGREGATIONS
@@ -91,7 +90,7 @@ class Space:
         Raises:
             InvalidParameterError: no source of randomness.
         """
-        require_rng(rng)
+        random_source(rng)
         inputs = tuple(self.inputs[rng.integers(len(self.inputs))] for _ in range(INPUT_COUNT[self.structure]))
         chains = tuple(tuple(self._draw(self.unaries, UNARIES, rng) for _ in range(length)) for length in self._chains)
         binary = self._draw(self.binaries, BINARIES, rng) if self.structure == "branched" else None
@@ -144,8 +143,8 @@ def cross(first: Genotype, second: Genotype, *, rng: np.random.Generator, probab
         GenotypeSyntaxError: a parent is no genotype, or their structures or the lengths of their chains differ.
         InvalidParameterError: a probability outside 0 to 1, or no source of randomness.
     """
-    require_rng(rng)
-    require_probability(probability, "the probability of taking a gene")
+    random_source(rng)
+    real_number(probability, "the probability of taking a gene", 0, 1, ends=True)
     shapes = [(one.structure, *map(len, one.chains)) for one in map(require_genotype, (first, second))]
     if shapes[0] != shapes[1]:
         raise GenotypeSyntaxError(f"{first} and {second} have other structures or lengths, so genes do not correspond.")
@@ -160,26 +159,3 @@ def cross(first: Genotype, second: Genotype, *, rng: np.random.Generator, probab
         gene(first.binary, second.binary),
         gene(first.aggregation, second.aggregation),
     )
-
-
-def require_rng(rng: np.random.Generator) -> None:
-    """Check that this is a source of randomness.
-
-    Raises:
-        InvalidParameterError: it is none.
-    """
-    if not isinstance(rng, np.random.Generator):
-        raise InvalidParameterError(
-            f"a numpy.random.Generator is needed, got {rng!r:.80}; default_rng(seed) makes one."
-        )
-
-
-def require_probability(value: float, what: str) -> None:
-    """Check that a number is a probability.
-
-    Raises:
-        InvalidParameterError: it is none.
-    """
-    known = isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
-    if not (known and 0 <= value <= 1):
-        raise InvalidParameterError(f"{what} must lie in 0 to 1, got {value!r:.60}.")
