@@ -13,6 +13,12 @@ from emq_lib.proxies import intervals, oracles
 
 LICENCE = "tables, checkpoint and this card: CC BY 4.0; code: MIT. Images are not included and keep their own terms."
 CITATION = "CITATION.cff of this book, with the profile's name and the commit above"
+REPEATABLE = (
+    "every file is computed on one thread per process and has the same bytes in any process, whatever the number of "
+    "workers; columns of seconds are measurements. On a processor with other instructions, or another version of "
+    "PyTorch, the last bits of trained weights, of learned rounding and of statistics may differ, and what follows "
+    "from them; accuracies of a given checkpoint and bank are sums of whole numbers and do not."
+)
 DATASETS = {
     "digits": "scikit-learn's handwritten digits, upsampled to 16 x 16",
     "cifar10": "CIFAR-10, 32 x 32",
@@ -43,7 +49,7 @@ def describe(profile: Profile) -> pd.DataFrame:
         rows |= _provenance(profile)
     else:
         rows["published"] = "nothing: the profile is defined and tested, its tables are not measured yet"
-    rows["limits"] = limits(profile)
+    rows |= {"limits": limits(profile), "same again": REPEATABLE}
     rows |= {"licence": LICENCE, "cite": CITATION}
     return pd.DataFrame(rows.items(), columns=["what", "content"])
 
