@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from emq_lib.core.checks import bit_choices, real_number, real_numbers
-from emq_lib.core.costs import CostTable
+from emq_lib.core.costs import WIDEST_CHOICE, CostTable
 from emq_lib.core.errors import InvalidParameterError, InvalidScoreError
 
 _SMALLEST_SHARE = 1e-12  # of a remaining budget; a step that costs less counts as this
-_WIDEST = 32  # bits: tables may have a column for floating point
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class Problem:
 
 def allowed_widths(choices: Sequence[int]) -> tuple[int, ...]:
     """Return the choices of a table's columns: see :func:`emq_lib.core.checks.bit_choices`."""
-    return bit_choices(choices, widest=_WIDEST)
+    return bit_choices(choices, widest=WIDEST_CHOICE)
 
 
 def checked_cost(cost: CostTable, name: str, columns: int, *, rows: int | None = None) -> CostTable:

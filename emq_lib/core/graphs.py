@@ -99,6 +99,8 @@ def describe_layers(
         raise UnsupportedModelError(f"Layers {shared} share one weight; give each its own.")
     if unknown := sorted({*pinned, *tied, *tied.values()} - set(names)):
         raise UnsupportedModelError(f"{unknown} are to be pinned or tied, but the network has the layers {names}.")
+    if both := sorted({*pinned} & {*tied}):
+        raise UnsupportedModelError(f"Layers {both} are to be pinned and tied; they can have one width only.")
     free = [name for name in names if name not in pinned and name not in tied]
     slots = {name: slot for slot, name in enumerate(free)}
     if homeless := sorted(set(tied.values()) - set(free)):

@@ -19,14 +19,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from emq_lib.core.bank import build_weight_bank
+from emq_lib.core.checks import bit_width, real_number
 from emq_lib.core.datasets import Split
-from emq_lib.core.errors import InvalidParameterError, TrainingDivergedError
+from emq_lib.core.errors import TrainingDivergedError
 from emq_lib.core.files import to_json
 from emq_lib.core.networks import QuantizedNetwork
 from emq_lib.core.profiles import TrainingRecipe
 from emq_lib.core.quantizers import ActivationRange, QuantizedWeight
-from emq_lib.core.training import label_loss, run_epochs, train_epoch
+from emq_lib.core.sources import code_hash
+from emq_lib.core.training import label_loss, run_epochs, state_digest, train_epoch
 from emq_lib.quantization.brecq import learned_step
+from emq_lib.quantization.prepare import check_generator, check_labels, check_layers
 
 STEP_RATE = 10.0  # learning rate of the logarithms of steps, in that of the weights
 TEMPERATURE = 2.0  # of the softmax whose outputs are distilled
@@ -50,10 +53,10 @@ class QatRecipe(TrainingRecipe):
         """Check the share.
 
         Raises:
-            InvalidParameterError: it lies outside 0 to 1.
+            InvalidParameterError: it lies outside 0 to 1, or see :class:`emq_lib.core.profiles.TrainingRecipe`.
         """
-        if not 0 <= self.distillation <= 1:
-            raise InvalidParameterError(f"distillation is a share from 0 to 1, got {self.distillation}.")
+        super().__post_init__()
+        real_number(self.distillation, "distillation", 0, 1, ends=True)
 
     @classmethod
     def like(cls, recipe: TrainingRecipe, epochs: int) -> QatRecipe:
@@ -92,8 +95,7 @@ class LearnedLayer(nn.Module):
         (x,) = learned_step(self.seen, self.log_input_step.exp())(self, (x.float(),))
         if isinstance(self.layer, nn.Linear):
             return F.linear(x, self.rounded(), self.layer.bias)
-        how = (self.layer.stride, self.layer.padding, self.layer.dilation, self.layer.groups)
-        return F.conv2d(x, self.rounded(), self.layer.bias, *how)
+        return self.layer._conv_forward(x, self.rounded(), self.layer.bias)  # pads as the layer does
 
     @torch.no_grad()
     def hardened(self) -> tuple[QuantizedWeight, ActivationRange]:
@@ -122,18 +124,28 @@ def train_quantized(
         model: network with folded batch norm; it is not changed. Folding stays, so learning rates must be small.
         layers: its layer table.
         config: bits, S of them.
-        images: training images with labels.
+        images: training images with labels; they stay as they are.
         ranges: layer name -> range of its input.
         generator: source of the order of images and of augmentation, on the CPU.
         recipe: how it is trained.
-        resume: file that takes the state after every epoch: an interrupted training goes on from there.
+        resume: file that takes the state after every epoch: an interrupted training goes on from there. Whoever stores
+            the network removes it; until then the same call returns the same network at once.
 
     Raises:
         TrainingDivergedError: a weight or a step is not finite; a smaller learning rate helps.
-        CorruptArtefactError: the resume file is unreadable or belongs to another training.
+        CorruptArtefactError: the resume file is unreadable, or belongs to another training: of other images, ranges,
+            weights, bits, another recipe, generator or version of the code.
+        InvalidBitsError, ConfigLengthError: the configuration is none of this network's.
+        InvalidParameterError: no images, or with NaN; labels outside the classes; a layer without a range; no
+            generator.
+        UnsupportedModelError: see :func:`emq_lib.quantization.prepare.check_layers`.
+        DiskFullError, UnwritablePathError: the resume file cannot be written.
     """
+    check_layers(model, layers, ranges)
+    check_generator(generator)
+    check_labels(model, images)
     teacher, student = copy.deepcopy(model).eval().requires_grad_(False), copy.deepcopy(model).eval()
-    bank = build_weight_bank(model, layers, sorted(set(map(int, config))))
+    bank = build_weight_bank(model, layers, sorted({bit_width(bits, "config") for bits in config}))
     learned = {}
     for name, start in bank.select(config).items():
         learned[name] = LearnedLayer(student.get_submodule(name), start, ranges[name])
@@ -172,14 +184,31 @@ def train_quantized(
         return 0.0
 
     parts = {"student": student, "optimizer": optimizer, "schedule": schedule}
-    start = hashlib.blake2b(b"".join(tensor.cpu().numpy().tobytes() for tensor in model.state_dict().values()))
-    identity = to_json([bank.widths(config), dataclasses.asdict(recipe), len(images), start.hexdigest()])
+    identity = _identity(model, bank.widths(config), images, ranges, generator=generator, recipe=recipe)
     run_epochs(epoch, recipe.epochs, parts, generator=generator, identity=identity, resume=resume)
     weights, found = dict(bank.weights), {}
     for name, layer in learned.items():
         weights[name, layer.start.bits], found[name] = layer.hardened()
         student.set_submodule(name, layer.layer)
     return QuantizedNetwork(student, dataclasses.replace(bank, weights=weights), found).select(config)
+
+
+def _identity(
+    model: nn.Module,
+    widths: Mapping[str, int],
+    images: Split,
+    ranges: Mapping[str, ActivationRange],
+    *,
+    generator: torch.Generator,
+    recipe: QatRecipe,
+) -> str:
+    """Return everything that a training depends on, as text."""
+    tensors = (images.images, images.labels, images.mean, images.std, generator.get_state())
+    seen = [hashlib.blake2b(tensor.cpu().contiguous().numpy().tobytes()).hexdigest() for tensor in tensors]
+    start = [state_digest(model), hashlib.blake2b(repr(model).encode()).hexdigest()]
+    inputs = {name: dataclasses.astuple(ranges[name]) for name in widths}
+    code = code_hash("emq_lib.quantization.qat:train_quantized")
+    return to_json([dict(widths), dataclasses.asdict(recipe), seen, start, inputs, code])
 
 
 def divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
