@@ -55,9 +55,9 @@ def distributions() -> dict[str, set[str]]:
 @functools.cache
 def imported(pattern: str) -> dict[str, str]:
     """Return what the files of a pattern import from elsewhere -> a file that does."""
-    names = {}
-    for path in REPOSITORY.glob(pattern):
-        beside = {other.stem for other in path.parent.glob("*.py")}
+    names, paths = {}, list(REPOSITORY.glob(pattern))
+    beside = {path.stem for path in paths}  # tests import helpers by their names
+    for path in paths:
         for node in ast.walk(ast.parse(path.read_text())):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
