@@ -6,6 +6,8 @@ Explained in chapter 01.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,8 +16,11 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from emq_lib.core.checks import WIDEST, whole_number
+from emq_lib.core.configs import bits_text
 from emq_lib.core.costs import choice_indices
 from emq_lib.core.datasets import Split
+from emq_lib.core.errors import InvalidParameterError, UnsupportedModelError
 from emq_lib.core.graphs import segments
 from emq_lib.core.networks import QuantizedNetwork
 
@@ -55,26 +60,40 @@ def measure(
     Args:
         network: the quantized network; its selected configuration changes.
         split: images and labels.
-        configs: bits, shape (N, S).
+        configs: bits, shape (N, S), all different.
         batch_size: images per forward pass; by default 25, on a GPU 2,500, fewer where a layer's output would take more
             than 20 MiB, on a GPU 1 GiB.
 
-    Yields:
-        the measurements of up to 32 configurations.
+    Returns:
+        an iterator over the measurements of up to 32 configurations each.
 
     Raises:
+        InvalidParameterError: a batch size below 1; no configurations, or one of them twice; no images, or such as the
+            network does not take; labels outside its classes; a mean or a deviation that is none.
         ConfigLengthError, InvalidBitsError: see :func:`emq_lib.core.costs.choice_indices`.
+        UnsupportedModelError: a configuration gives logits that are NaN or infinite; raised while iterating.
     """
+    blocks = _blocks(network, configs)
     engine = _engine(network, split, batch_size)
-    for block in _blocks(network, configs):
-        yield engine.measure(split, block)
+    return (engine.measure(split, block) for block in blocks)
 
 
 def _blocks(network: QuantizedNetwork, configs: np.ndarray) -> list[list[tuple[int, ...]]]:
     """Cut configurations in lexicographic order into blocks."""
-    choice_indices(configs, network.bank.choices, network.bank.slot_count)
-    ordered = sorted(tuple(map(int, config)) for config in configs)
+    ordered = _ordered(configs, network.bank.choices, network.bank.slot_count)
     return [ordered[start : start + BLOCK] for start in range(0, len(ordered), BLOCK)]
+
+
+def _ordered(configs: np.ndarray, choices: Sequence[int], slots: int) -> list[tuple[int, ...]]:
+    """Return configurations in lexicographic order, after checking that they are some and all different."""
+    choice_indices(configs, choices, slots)
+    ordered = sorted(tuple(map(int, config)) for config in np.atleast_2d(configs))
+    if not ordered:
+        raise InvalidParameterError("there are no configurations to measure.")
+    for before, config in itertools.pairwise(ordered):
+        if before == config:
+            raise InvalidParameterError(f"configuration {bits_text(config)} stands twice among those to measure.")
+    return ordered
 
 
 class _Engine:
@@ -100,7 +119,9 @@ class _Engine:
                 logits = self._run(config, shared)[: len(batch)].float()
                 correct[row, first : first + len(batch)] = logits.argmax(dim=1) == batch.labels
                 losses[row] += F.cross_entropy(logits.double(), batch.labels, reduction="sum")
-        results = zip(block, correct.cpu().numpy(), losses.tolist(), strict=True)
+        results = list(zip(block, correct.cpu().numpy(), losses.tolist(), strict=True))
+        if odd := [bits_text(config) for config, _, loss in results if not math.isfinite(loss)]:
+            raise UnsupportedModelError(f"the network's logits are NaN or infinite under the configurations {odd}.")
         return [Measurement(config, hits, loss / len(split)) for config, hits, loss in results]
 
     def _take(self, inputs: torch.Tensor) -> None:
@@ -163,24 +184,66 @@ def _record(step: Callable[[], None], another: torch.cuda.CUDAGraph | None) -> t
 
 
 def _engine(network: QuantizedNetwork, split: Split, batch_size: int | None = None) -> _Engine:
-    """Return the engine for the images' device."""
+    """Return the engine for the images' device, after checking the images."""
     kind = _CapturedEngine if split.images.device.type == "cuda" else _Engine
-    return kind(network, batch_size or _batch_size(network, split))
+    largest = check_images(network, split)
+    if batch_size is None:  # as many as leave a layer's output in fast memory
+        device = "cuda" if kind is _CapturedEngine else "cpu"
+        batch_size = max(1, min(BATCH[device], MEMORY[device] // largest))
+    return kind(network, whole_number(batch_size, "batch_size", 1))
 
 
 @torch.inference_mode()
-def _batch_size(network: QuantizedNetwork, split: Split) -> int:
-    """Return how many images go through the network at once; one image tells how much memory its layers take."""
+def check_images(network: QuantizedNetwork, split: Split) -> int:
+    """Check that a network can be measured on images, one of which it sees.
+
+    Args:
+        network: the quantized network.
+        split: images and labels.
+
+    Returns:
+        bytes of a layer's largest output for one image.
+
+    Raises:
+        InvalidParameterError: no images, or such as the network does not take; labels outside its classes; a mean or a
+            deviation that is none.
+    """
+    shape, labels = tuple(split.images.shape), split.labels
+    if split.images.dtype != torch.uint8 or len(shape) != 4 or 0 in shape:
+        raise InvalidParameterError(
+            f"images must be uint8, (N, C, H, W), at least one; got {split.images.dtype} {shape}."
+        )
+    if labels.dtype != torch.int64 or labels.shape != shape[:1]:
+        raise InvalidParameterError(
+            f"labels must be int64, one per image; got {labels.dtype}, {tuple(labels.shape)} for {shape[0]} images."
+        )
+    for name, least in (("mean", -torch.inf), ("std", 0.0)):
+        values = getattr(split, name)
+        if values.shape != shape[1:2] or not ((values > least) & values.isfinite()).all():
+            above = "positive and finite" if name == "std" else "finite"
+            raise InvalidParameterError(
+                f"the {name} of the images must be {above}, one per channel; got {values.tolist()} for {shape[1]}."
+            )
     sizes = []
     handles = [
         layer.register_forward_hook(lambda _layer, _inputs, output: sizes.append(output.nbytes))
         for layer in network.layers.values()
     ]
-    network(split[:1].inputs())
-    for handle in handles:
-        handle.remove()
-    device = split.images.device.type
-    return max(1, min(BATCH[device], MEMORY[device] // max(sizes)))
+    try:
+        logits = network(split[:1].inputs())
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        raise InvalidParameterError(
+            f"the network does not take images of shape {shape[1:]}: {str(error):.200}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    if logits.ndim != 2 or not 0 <= labels.min() <= labels.max() < logits.shape[1]:
+        raise InvalidParameterError(
+            f"labels must lie in 0 to {logits.shape[-1] - 1}, the network's classes; they lie in "
+            f"{int(labels.min())} to {int(labels.max())}."
+        )
+    return max(sizes)
 
 
 def planned_macs(model: torch.fx.GraphModule, layers: pd.DataFrame, configs: np.ndarray) -> int:
@@ -189,13 +252,17 @@ def planned_macs(model: torch.fx.GraphModule, layers: pd.DataFrame, configs: np.
     Args:
         model: network with folded batch norm.
         layers: its layer table.
-        configs: bits, shape (N, S).
+        configs: bits, shape (N, S), all different.
+
+    Raises:
+        InvalidParameterError, ConfigLengthError, InvalidBitsError: see :func:`measure`.
     """
     names = [names for _, names in segments(model, list(layers["name"]))]
     macs = layers.set_index("name")["macs"]
     rest = np.cumsum([macs[list(held)].sum() for held in names][::-1])[::-1]  # of a piece and all after it
-    depth = _depth(names, layers[layers["searchable"]].set_index("name")["slot"].to_dict())
-    ordered = sorted(tuple(map(int, config)) for config in configs)
+    slot_of = layers[layers["searchable"]].set_index("name")["slot"].to_dict()
+    depth = _depth(names, slot_of)
+    ordered = _ordered(configs, range(1, WIDEST + 1), max(slot_of.values()) + 1)
     starts = [
         _shared_pieces(ordered[row - 1], config, depth) if row % BLOCK else 0 for row, config in enumerate(ordered)
     ]

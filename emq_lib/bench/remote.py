@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from emq_lib.bench.engine import Measurement, _blocks, _engine, measure
+from emq_lib.bench.engine import Measurement, _blocks, _engine, check_images, measure
 from emq_lib.core.datasets import Split
 from emq_lib.core.networks import QuantizedNetwork
 
@@ -30,6 +30,10 @@ def measure_anywhere(
         configs: bits, shape (N, S).
         model: the float network that it was made from, which goes to the workers.
         scheduler: address of a ``dask.distributed`` scheduler; None: this process measures.
+
+    Raises:
+        InvalidParameterError, ConfigLengthError, InvalidBitsError, UnsupportedModelError: see
+            :func:`emq_lib.bench.engine.measure`.
     """
     if not len(configs):
         return
@@ -38,10 +42,11 @@ def measure_anywhere(
         return
     from distributed import Client, as_completed
 
+    check_images(network, split)
+    blocks = _blocks(network, configs)
     with Client(scheduler) as client:
         parts = (model, network.bank, network.activation_ranges, split)
         shared = client.scatter(parts, broadcast=True, hash=False)
-        blocks = _blocks(network, configs)
         futures = [client.submit(_measure_remotely, shared, block, pure=False, retries=3) for block in blocks]
         for _, block in as_completed(futures, with_results=True):
             yield block

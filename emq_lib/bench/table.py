@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
+from emq_lib.core.checks import random_source, real_numbers, whole_number
 from emq_lib.core.configs import bits_text
 from emq_lib.core.costs import CostTable, bops_cost, choice_indices, size_cost
 from emq_lib.core.errors import (
+    ConfigLengthError,
     ConfigNotFoundError,
     CorruptArtefactError,
     InfeasibleBudgetError,
@@ -24,23 +26,24 @@ from emq_lib.core.errors import (
 )
 from emq_lib.core.files import read_table, vouched_path
 
-COLUMNS = (
-    "key",
-    "config_id",
-    "quantizer",
-    "sample",
-    "bits",
-    "top1",
-    "loss",
-    "correct_a",
-    "correct_b",
-    "n_a",
-    "n_b",
-    "size_bytes",
-    "bops",
-)
 SAMPLES = ("random", "stratified", "one-off", "uniform", "one-bit")
 MEASURED = ("top1", "loss", "correct_a", "correct_b", "n_a", "n_b")
+_CELLS = {
+    "config_id": str,
+    "quantizer": str,
+    "sample": str,
+    "bits": None,
+    "top1": float,
+    "loss": float,
+    **dict.fromkeys(("correct_a", "correct_b", "n_a", "n_b", "size_bytes", "bops"), int),
+}
+COLUMNS = ("key", *_CELLS)  # a key is needed to extend a bench, not to read it
+_LAYER_CELLS = {
+    "name": str,  # which may look like a number
+    "kind": str,
+    **dict.fromkeys(("parameters", "channels", "biases", "macs", "slot", "pinned_bits"), int),
+    "searchable": bool,
+}
 BENCH, LAYERS = "bench.parquet", "layers.csv"
 
 
@@ -118,12 +121,15 @@ class Bench:
         """Return the row of one configuration.
 
         Raises:
-            ConfigLengthError: the configuration does not have one entry per searchable layer.
+            ConfigLengthError: it is not one configuration with one entry per searchable layer.
             InvalidBitsError: a width that no configuration of the bench has.
             ConfigNotFoundError: it was not measured.
         """
         configs = self.configs
-        choice_indices(config, _widths(self.table), configs.shape[1])
+        if len(choice_indices(config, _widths(self.table), configs.shape[1])) != 1 or np.ndim(config) != 1:
+            raise ConfigLengthError(
+                f"query takes one configuration of {configs.shape[1]} widths, got {np.shape(config)}."
+            )
         rows = np.flatnonzero((configs == np.asarray(config)).all(axis=1))
         if not len(rows):
             raise ConfigNotFoundError(
@@ -145,21 +151,27 @@ class Bench:
         return self._of(chosen)
 
     def within(self, *, size: tuple[float, float] | None = None, bops: tuple[float, float] | None = None) -> Bench:
-        """Return the configurations whose packed size (bytes) and bit operations lie in the ranges, ends included."""
+        """Return the configurations whose packed size (bytes) and bit operations lie in the ranges, ends included.
+
+        Raises:
+            InvalidScoreError, InvalidParameterError: a range that is not two numbers, the smaller first.
+        """
         table = self.table
         for column, bounds in (("size_bytes", size), ("bops", bops)):
             if bounds is not None:
-                table = table[table[column].between(*bounds)]
+                low, high = _range(bounds, column)
+                table = table[table[column].between(low, high)]
         return self._of(table)
 
     def sample(self, count: int, *, rng: np.random.Generator) -> Bench:
         """Return `count` of the configurations, drawn without repetition, in the order of the table.
 
         Raises:
-            InvalidParameterError: there are fewer, or the number is negative.
+            InvalidParameterError: there are fewer, or the number is none, or no generator.
         """
-        if not 0 <= count <= len(self):
+        if whole_number(count, "count", 0) > len(self):
             raise InvalidParameterError(f"asked for {count} of {len(self)} configurations.")
+        random_source(rng)
         return self._of(self.table.iloc[np.sort(rng.choice(len(self), size=count, replace=False))])
 
     def best(self, *, size: float = np.inf, bops: float = np.inf) -> pd.Series:
@@ -168,7 +180,7 @@ class Bench:
         Raises:
             InfeasibleBudgetError: no measured configuration does.
         """
-        fits = self.within(size=(0, size), bops=(0, bops)).table
+        fits = self.within(size=(-np.inf, size), bops=(-np.inf, bops)).table
         if fits.empty:
             raise InfeasibleBudgetError(
                 f"None of the {len(self)} configurations has at most {size} bytes and {bops} bit operations; the "
@@ -224,6 +236,14 @@ def is_held_out(config: Sequence[int]) -> bool:
     return bool(hashlib.blake2b(bits_text(config).encode(), digest_size=1).digest()[0] & 1)
 
 
+def _range(bounds: tuple[float, float], what: str) -> tuple[float, float]:
+    """Return the ends of a range, which may be infinite, after checking it."""
+    ends = real_numbers(bounds, f"ends of the range of {what}", ndim=1, finite=False)
+    if len(ends) != 2 or not ends[0] <= ends[1]:
+        raise InvalidParameterError(f"the range of {what} must be two numbers, the smaller first; got {bounds}.")
+    return float(ends[0]), float(ends[1])
+
+
 def _widths(table: pd.DataFrame) -> tuple[int, ...]:
     return tuple(map(int, np.unique(np.concatenate(table["bits"].to_numpy()))))
 
@@ -234,21 +254,27 @@ def read_bench(path: pathlib.Path) -> pd.DataFrame:
     Raises:
         CorruptArtefactError: not a parquet file, or a column is missing or holds what cannot be.
     """
-    table = read_table(path, dict.fromkeys(sorted(set(COLUMNS) - {"key"})))  # a key is needed to extend, not to read
-    numbers = table[list(MEASURED)].apply(pd.to_numeric, errors="coerce")
-    halves = [(numbers[f"correct_{half}"], numbers[f"n_{half}"]) for half in "ab"]
+    table = read_table(path, _CELLS, unique=("quantizer", "config_id"))
+    counted = 100 * (table["correct_a"] + table["correct_b"]) / (table["n_a"] + table["n_b"])
     odd = {
-        "a number that is none": not np.isfinite(numbers.to_numpy(dtype=np.float64)).all(),
-        "a top-1 outside 0 to 100": not numbers["top1"].between(0, 100).all(),
-        "more correct images than images": any(
-            (correct > count).any() or (correct < 0).any() for correct, count in halves
+        "a top-1 that its counts do not give": not np.allclose(table["top1"], counted),
+        "counts that cannot be": not all(
+            table[f"correct_{half}"].between(0, table[f"n_{half}"]).all() for half in "ab"
         ),
-        "a configuration twice": table.duplicated(["quantizer", "config_id"]).any(),
-        "configurations of different lengths": table["bits"].map(np.size).nunique() != 1,
+        "a sample that is none": not table["sample"].isin(SAMPLES).all(),
+        "configurations of different lengths": table["bits"].map(np.size).nunique() > 1,
+        "widths other than those that name the configuration": any(map(_misnamed, table["bits"], table["config_id"])),
     }
     if found := [what for what, is_so in odd.items() if is_so]:
-        raise CorruptArtefactError(f"{path} holds {', '.join(found)}. Restore or rebuild it.")
+        raise CorruptArtefactError(f"{path} holds {', '.join(found)}. Restore it, or make it again.")
     return table
+
+
+def _misnamed(bits: object, name: object) -> bool:
+    """Return whether widths are not whole numbers from 1 to 8 with this text."""
+    widths = np.atleast_1d(np.asarray(bits))
+    known = len(widths) > 0 and widths.dtype.kind in "iu" and ((widths > 0) & (widths <= 8)).all()
+    return not known or bits_text(widths) != name
 
 
 def read_layers(path: pathlib.Path) -> pd.DataFrame:
@@ -257,8 +283,4 @@ def read_layers(path: pathlib.Path) -> pd.DataFrame:
     Raises:
         CorruptArtefactError: not such a table.
     """
-    needed = dict.fromkeys(("kind", "parameters", "channels", "biases", "macs", "searchable", "slot", "pinned_bits"))
-    table = read_table(path, needed | {"name": str})  # names may look like numbers
-    if table.empty or table.isna().any(axis=None):
-        raise CorruptArtefactError(f"{path} has no rows, or empty cells. Restore or rebuild it.")
-    return table
+    return read_table(path, _LAYER_CELLS, unique=("name",))

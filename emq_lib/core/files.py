@@ -254,7 +254,9 @@ def _holds(column: pd.Series, kind: type) -> bool:
     """Return whether every cell of a column is of a kind."""
     if kind is str:
         return bool(column.map(lambda cell: isinstance(cell, str)).all())
-    numbers = pd.to_numeric(column, errors="coerce").astype(float)
+    if column.dtype.kind not in "biuf":
+        return False
+    numbers = column.astype(float)
     return bool(np.isfinite(numbers).all() and (kind is float or (numbers == numbers.round()).all()))
 
 
