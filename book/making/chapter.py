@@ -214,7 +214,7 @@ def _outdated_files(study: Profile) -> list[str]:
     """Return a sentence for each file of a study that is published although it is out of date."""
     reasons = {filename: outdated(study, filename) for filename in manifest_of(study)}
     return [
-        f"**{plain(filename)} of this study is out of date**, and what is read from it is shown all the same: {plain(reason)}"
+        f"**{plain(filename)} of this study is out of date**, and is shown all the same: {plain(reason)}"
         for filename, reason in reasons.items()
         if reason
     ]

@@ -15,9 +15,9 @@ import onnxruntime
 import pandas as pd
 import torch
 
-from book.making.tables import mean_with_interval
 from book.studies.allocation import load_quantization
 from book.studies.files import RUNTIMES
+from book.studies.means import mean_with_interval
 from book.studies.networks import build_network, fresh_model, load_folded
 from book.studies.study import checked_path, new_file, sole_writer
 from emq_lib.core.configs import bits_text, parse_bits

@@ -125,3 +125,19 @@ def test_conda_users_get_the_lock():
     *conda, pip = environment["dependencies"]
     assert pip["pip"] == ["-r requirements.lock", "-e ."]
     assert f">={conda[0].removeprefix('python=')}" == PROJECT["project"]["requires-python"]
+
+
+STAGES = ["emq_lib.core", "emq_lib.bench", "emq_lib.proxies", "emq_lib.evolution", "emq_lib.allocation"]
+STAGES += ["emq_lib.quantization", "book.studies", "book.making"]
+
+
+@pytest.mark.parametrize("package", STAGES)
+def test_no_package_imports_a_later_one(package):
+    later, found = tuple(f"{one}." for one in STAGES[STAGES.index(package) + 1 :]), []
+    for path in REPOSITORY.glob(f"{package.replace('.', '/')}/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names]
+                modules = names if isinstance(node, ast.Import) else [f"{node.module}.{name}" for name in names]
+                found += [(path.name, module) for module in modules if f"{module}.".startswith(later)]
+    assert not found
