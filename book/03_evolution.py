@@ -54,17 +54,12 @@ from book.making.plots import (
     plot_genotype,
     plot_scatter,
 )
-from book.making.tables import (
-    difference_of_means,
-    mean_with_interval,
-    show_source,
-    show_table,
-    with_interval,
-)
+from book.making.tables import show_source, show_table, with_interval
 from book.places import REPOSITORY
 from book.studies import evolution, methods
 from book.studies.bench import load_bench
 from book.studies.heldout import build_heldout, load_heldout, load_tables
+from book.studies.means import difference_of_means, mean_with_interval
 from book.studies.proxies import load_statistics
 from book.studies.study import has_study
 from emq_lib.core.profiles import profile_names

@@ -50,17 +50,12 @@ from book.making.plots import (
     plot_heatmap,
     plot_scatter,
 )
-from book.making.tables import (
-    difference_of_means,
-    mean_with_interval,
-    show_source,
-    show_table,
-    with_interval,
-)
+from book.making.tables import show_source, show_table, with_interval
 from book.studies import allocation, bench, evolution
 from book.studies.bench import load_bench
 from book.studies.heldout import load_heldout, load_searched, load_tables
 from book.studies.images import load_dataset
+from book.studies.means import difference_of_means, mean_with_interval
 from book.studies.methods import (
     FOR_RHO,
     INSIDE,
