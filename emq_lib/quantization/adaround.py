@@ -9,7 +9,8 @@ network, and a layer at b bits has one reconstruction, whatever the other layers
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, MutableMapping, Sequence
 
 import pandas as pd
 import torch
@@ -17,10 +18,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from emq_lib.core.bank import WeightBank, build_weight_bank
+from emq_lib.core.checks import bit_choices
 from emq_lib.core.datasets import Split
 from emq_lib.core.graphs import pre_hooks
 from emq_lib.core.models import predict
 from emq_lib.core.quantizers import QuantizedWeight, quantize
+from emq_lib.quantization.prepare import check_layers, checked_images
 
 ITERATIONS, LEARNING_RATE, WARM_UP = 500, 3e-2, 0.2
 STRETCH = (-0.1, 1.1)  # the sigmoid of a rounding variable is stretched to this range and cut to 0..1
@@ -64,8 +67,9 @@ def _patches(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Return what each output of a layer is a product with, shape (G, K, patches)."""
     if isinstance(module, nn.Linear):
         return x.reshape(1, -1, x.shape[-1]).mT
-    how = {"dilation": module.dilation, "padding": module.padding, "stride": module.stride}
-    patches = F.unfold(x.contiguous(), module.kernel_size, **how)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    padded = F.pad(x, module._reversed_padding_repeated_twice, mode=mode).contiguous()
+    patches = F.unfold(padded, module.kernel_size, dilation=module.dilation, stride=module.stride)
     images, _, positions = patches.shape
     grouped = patches.view(images, module.groups, -1, positions)
     return grouped.permute(1, 2, 0, 3).reshape(module.groups, -1, images * positions)
@@ -175,21 +179,42 @@ def adaround(weight: torch.Tensor, bits: int, moments: torch.Tensor) -> Quantize
 
 
 def build_adaround_bank(
-    model: nn.Module, layers: pd.DataFrame, choices: Sequence[int], calibration: Split
+    model: nn.Module,
+    layers: pd.DataFrame,
+    choices: Sequence[int],
+    calibration: Split,
+    *,
+    finished: MutableMapping[tuple[str, int], torch.Tensor] | None = None,
 ) -> WeightBank:
     """Reconstruct each searchable layer of a folded network at each width; pinned layers are rounded to nearest.
 
     Args:
-        model: network with folded batch norm.
+        model: network with folded batch norm; it stays as it is.
         layers: its layer table.
         choices: the B allowed widths.
-        calibration: the calibration images.
+        calibration: the calibration images; they stay as they are.
+        finished: (layer name, bits) -> codes, uint8 in the shape of the weight, of what was reconstructed before and is
+            not again. Each new one is entered as soon as it is done, so that a caller who keeps them loses no more than
+            one layer to an error or a kill.
+
+    Raises:
+        InvalidBitsError: choices that are no whole numbers from 1 to 8, or do not increase.
+        InvalidParameterError: no calibration images, or with NaN.
+        UnsupportedModelError: see :func:`emq_lib.quantization.prepare.check_layers`.
     """
+    choices, calibration = bit_choices(choices), checked_images(calibration)
+    check_layers(model, layers)
     nearest = build_weight_bank(model, layers, choices)
-    moments = second_moments(model, nearest.searchable, calibration)
-    weights = {
-        (name, bits): adaround(model.get_submodule(name).weight, bits, moments[name])
-        for name in nearest.searchable
-        for bits in choices
+    finished = {} if finished is None else finished
+    missing = [entry for entry in itertools.product(nearest.searchable, choices) if entry not in finished]
+    names = list(dict.fromkeys(name for name, _ in missing))
+    moments = second_moments(model, names, calibration) if names else {}
+    for name, bits in missing:
+        finished[name, bits] = adaround(model.get_submodule(name).weight, bits, moments[name]).codes
+    learned = {
+        entry: dataclasses.replace(
+            nearest.weights[entry], codes=finished[entry].to(nearest.weights[entry].codes.device)
+        )
+        for entry in itertools.product(nearest.searchable, choices)
     }
-    return dataclasses.replace(nearest, weights={**nearest.weights, **weights})
+    return dataclasses.replace(nearest, weights={**nearest.weights, **learned})

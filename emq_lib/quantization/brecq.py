@@ -19,11 +19,14 @@ from torch import nn
 from torch.func import functional_call
 
 from emq_lib.core.bank import build_weight_bank
+from emq_lib.core.checks import bit_width, real_number, whole_number
 from emq_lib.core.datasets import Split
+from emq_lib.core.errors import UnsupportedModelError
 from emq_lib.core.graphs import pre_hooks, segments
 from emq_lib.core.networks import QuantizedNetwork
 from emq_lib.core.quantizers import ActivationRange
 from emq_lib.quantization.adaround import Rounding, learn_rounding
+from emq_lib.quantization.prepare import check_generator, check_layers, checked_images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +38,21 @@ class Settings:
         activation_iterations: steps for the activations of a block; 0 keeps the ranges seen on calibration images.
         batch: images per step.
         activation_rate: learning rate of Adam for the steps of the activations.
+
+    Raises:
+        InvalidParameterError: a number outside its range.
     """
 
     iterations: int = 20_000
     activation_iterations: int = 5_000
     batch: int = 32
     activation_rate: float = 4e-4
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for name, least in (("iterations", 0), ("activation_iterations", 0), ("batch", 1)):
+            whole_number(getattr(self, name), name, least)
+        real_number(self.activation_rate, "activation_rate", 0)
 
 
 PAPER = Settings()
@@ -69,16 +81,25 @@ def reconstruct_in_order(
         model: network with folded batch norm; it is not changed.
         layers: its layer table.
         config: bits, S of them.
-        calibration: the calibration images.
+        calibration: the calibration images; they stay as they are.
         ranges: layer name -> range of its input.
         generator: source of the batches, on the CPU.
         settings: how long.
+
+    Raises:
+        InvalidBitsError, ConfigLengthError: the configuration is none of this network's.
+        InvalidParameterError: no calibration images, or with NaN; a layer without a range; no generator.
+        UnsupportedModelError: see :func:`emq_lib.quantization.prepare.check_layers`; or a block that does not pass on
+            one tensor with a row per image.
     """
+    check_layers(model, layers, ranges)
+    check_generator(generator)
+    images = checked_images(calibration).inputs()
     model = copy.deepcopy(model).requires_grad_(False)
     pieces = segments(model, list(layers["name"]))
-    bank = build_weight_bank(model, layers, sorted(set(map(int, config))))
+    bank = build_weight_bank(model, layers, sorted({bit_width(bits, "config") for bits in config}))
     widths, weights = bank.widths(config), dict(bank.weights)
-    exact = changed = calibration.inputs()
+    exact = changed = images
     for piece, names in pieces:
         target = _apply(piece, {}, exact)
         free = {
@@ -92,7 +113,7 @@ def reconstruct_in_order(
         exact, changed = target, _apply(piece, now, changed)
     if settings.activation_iterations:
         final = {name: weights[name, bits].dequantize() for name, bits in widths.items()}
-        ranges = _learn_steps(pieces, final, ranges, calibration.inputs(), generator=generator, settings=settings)
+        ranges = _learn_steps(pieces, final, ranges, images, generator=generator, settings=settings)
     return QuantizedNetwork(model, dataclasses.replace(bank, weights=weights), ranges).select(config)
 
 
@@ -174,4 +195,10 @@ def _run(piece: nn.Module, weights: Mapping[str, torch.Tensor], x: torch.Tensor)
 @torch.no_grad()
 def _apply(piece: nn.Module, weights: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """Run a piece on all images, some at a time."""
-    return torch.cat([_run(piece, weights, part) for part in x.split(256)])
+    found = [_run(piece, weights, part) for part in x.split(256)]
+    if not all(isinstance(part, torch.Tensor) and len(part) == len(x[:256]) for part in found[:1]):
+        raise UnsupportedModelError(
+            "Between two blocks the network does not pass on one tensor with a row per image: it cannot be "
+            "reconstructed block after block. Use another method, or keep images in the first dimension."
+        )
+    return torch.cat(found)

@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from emq_lib.allocation.exact import allocate, budget_for_average_bits
+from emq_lib.core.checks import bit_choices, real_number
 from emq_lib.core.costs import size_cost
 from emq_lib.core.datasets import Split
+from emq_lib.core.errors import UnsupportedModelError
 from emq_lib.core.quantizers import quantize
 from emq_lib.proxies.passes import divergences, one_slot_logits
 from emq_lib.quantization.planning import plan_bits
-from emq_lib.quantization.prepare import _prepared
+from emq_lib.quantization.prepare import prepared
 
 PATIENCE, TOLERANCE = 20.0, 1e-5  # seconds for a proof; without one, the share of the regret that may be left
 
@@ -46,10 +48,15 @@ def choose_bits(
         layer name -> bits, as `bits=` of :func:`quantize_model` takes it; without the ends.
 
     Raises:
-        InvalidParameterError, UnsupportedModelError: see :func:`quantize_model`.
+        InvalidBitsError: choices that are no whole numbers from 1 to 8, or do not increase; ends likewise.
+        InvalidParameterError: an average that is no finite number; see :func:`quantize_model`.
+        UnsupportedModelError: the network does not return logits of two or more classes, shape (N, classes); see
+            :func:`quantize_model`.
         InfeasibleBudgetError: fewer bits than the smallest choice.
     """
-    folded, images, example = _prepared(model, calibration)
+    choices, average_bits = bit_choices(choices), real_number(average_bits, "average_bits")
+    folded, images, example = prepared(model, calibration)
+    _check_logits(folded, example)
     table = plan_bits(folded, example, default=max(choices), ends=ends).layers
     free = table["rule"] != "ends"
     names = list(table.loc[free, "name"])
@@ -61,3 +68,14 @@ def choose_bits(
     scores = -divergences(*one_slot_logits(folded, [(name,) for name in names], rounded, images))
     found = allocate(scores, {"size": size}, {"size": budget}, choices, layers=names, time_limit=PATIENCE)
     return dict(zip(names, found.bits, strict=True))
+
+
+@torch.inference_mode()
+def _check_logits(folded: nn.Module, example: torch.Tensor) -> None:
+    """Check that predictions have a divergence: with one class every one is certain, and so all would be equal."""
+    shape = tuple(folded(example).shape)
+    if len(shape) != 2 or shape[1] < 2:
+        raise UnsupportedModelError(
+            "choose_bits compares predictions: the network must return logits of two or more classes, shape "
+            f"(N, classes); for one image it returns {shape}. Give its bits to quantize_model by hand."
+        )

@@ -6,15 +6,16 @@ Explained in chapter 05.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 import torch
 from torch import nn
 
+from emq_lib.core.checks import bit_width
 from emq_lib.core.costs import weight_bytes
-from emq_lib.core.errors import InvalidBitsError, InvalidParameterError, UnsupportedModelError
+from emq_lib.core.errors import InvalidParameterError, UnsupportedModelError
 from emq_lib.core.graphs import describe_layers
 
 _PASSIVE = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
@@ -62,8 +63,9 @@ def plan_bits(
 
     Args:
         model: any network whose convolutions and linear layers run once in a pass.
-        example: an input of one image, shape (1, C, H, W).
-        bits: pattern (``*``, ``?`` and ``[...]`` as in file names) -> width. A layer may match one pattern only.
+        example: an input of one image, shape (1, C, H, W); it stays as it is.
+        bits: pattern (``*``, ``?`` and ``[...]`` as in file names) -> width. A layer may match one pattern only. The
+            name of a layer means that layer, whatever is in it.
         default: width of layers that no pattern matches.
         ends: width of the first and the last layer where no pattern matches them; None: they are like the others.
         activation_bits: width of every quantized layer's input.
@@ -72,21 +74,24 @@ def plan_bits(
         The plan. Layers of other kinds stay in floating point, and the plan names them.
 
     Raises:
-        InvalidBitsError: a width outside 1 to 8.
-        InvalidParameterError: a pattern that matches no layer, or a layer that two patterns match; both are named.
-        UnsupportedModelError: nothing to quantize, or see :func:`emq_lib.core.graphs.describe_layers`.
+        InvalidBitsError: a width that is no whole number from 1 to 8.
+        InvalidParameterError: no network; a pattern that is no text or matches no layer, or a layer that two patterns
+            match; both are named.
+        UnsupportedModelError: nothing to quantize, a weight that holds NaN or infinity, or see
+            :func:`emq_lib.core.graphs.describe_layers`.
 
     >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 2))
     >>> plan_bits(network, torch.zeros(1, 4), bits={"2": 4}).bits
     {'0': 8, '2': 4, '3': 8}
     """
-    patterns = dict(bits or {})
-    for name, width in {**patterns, "default": default, "ends": ends or 8, "activation_bits": activation_bits}.items():
-        if not (isinstance(width, int) and 1 <= width <= 8):
-            raise InvalidBitsError(f"{name}: bit widths are whole numbers from 1 to 8, got {width!r}.")
+    patterns = _checked_patterns(bits)
+    default, activation_bits = bit_width(default, "default"), bit_width(activation_bits, "activation_bits")
+    ends = None if ends is None else bit_width(ends, "ends")
+    if not isinstance(model, nn.Module):
+        raise InvalidParameterError(f"model must be a torch.nn.Module, got {model!r:.60}.")
     training = {module: module.training for module in model.modules()}
     try:
-        table = describe_layers(model, example, pinned={}, tied={})
+        table = describe_layers(model, example.clone(), pinned={}, tied={})
     finally:
         for module, mode in training.items():
             module.training = mode
@@ -95,7 +100,8 @@ def plan_bits(
     if table.empty:
         raise UnsupportedModelError("The network has no convolution or linear layer that can be quantized.")
     names = list(table["name"])
-    matches = {name: [pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)] for name in names}
+    _check_weights(model, names)
+    matches = {name: [pattern for pattern in patterns if _matches(name, pattern, names)] for name in names}
     if idle := [pattern for pattern in patterns if not any(pattern in found for found in matches.values())]:
         raise InvalidParameterError(f"Patterns that match no layer: {idle}. The layers are {names}.")
     if twice := {name: found for name, found in matches.items() if len(found) > 1}:
@@ -106,6 +112,27 @@ def plan_bits(
         rules.append(found[0] if found else "ends" if at_an_end else "default")
         widths.append(patterns[found[0]] if found else ends if at_an_end else default)
     return Plan(table.assign(bits=widths, rule=rules), tuple(kept.items()), activation_bits)
+
+
+def _checked_patterns(bits: Mapping[str, int] | None) -> dict[str, int]:
+    """Return pattern -> width after checking both."""
+    if bits is not None and not isinstance(bits, Mapping):
+        raise InvalidParameterError(f"bits must be a dictionary of patterns and widths, got {bits!r:.60}.")
+    if odd := [pattern for pattern in bits or {} if not isinstance(pattern, str)]:
+        raise InvalidParameterError(f"Patterns must be texts, {odd} are none.")
+    return {pattern: bit_width(width, pattern) for pattern, width in (bits or {}).items()}
+
+
+def _matches(name: str, pattern: str, names: Sequence[str]) -> bool:
+    return name == pattern if pattern in names else fnmatch.fnmatchcase(name, pattern)
+
+
+def _check_weights(model: nn.Module, names: Sequence[str]) -> None:
+    """Check that what is to be quantized is finite: rounding would turn NaN into some number."""
+    for name in names:
+        for part, tensor in model.get_submodule(name).named_parameters(recurse=False):
+            if not tensor.isfinite().all():
+                raise UnsupportedModelError(f"The {part} of layer {name!r} holds NaN or infinity. Train it again.")
 
 
 def _kept(model: nn.Module, run: set[str]) -> dict[str, str]:
