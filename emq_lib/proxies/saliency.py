@@ -283,11 +283,11 @@ def linear_cka(model: nn.Module, names: Sequence[str], split: Split) -> np.ndarr
         logits_of(model, split.inputs())
     grams = []
     for name in names:
-        features = outputs[name].flatten(1)
+        features = outputs[name].flatten(1).double()  # images may differ in the last digits of float32 only
         features = features - features.mean(dim=0)
-        gram = (features @ features.T).double().flatten()
+        gram = (features @ features.T).flatten()
         if not gram.any():
             raise UnsupportedModelError(f"Layer {name!r} has the same output for all {len(split)} images.")
-        grams.append(F.normalize(gram, dim=0))
+        grams.append(gram / gram.norm())
     stack = torch.stack(grams)
     return (stack @ stack.T).cpu().numpy()
