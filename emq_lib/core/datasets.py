@@ -12,20 +12,15 @@ import hashlib
 import os
 import pathlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
 
-from emq_lib.core.errors import DatasetMismatchError, DatasetNotFoundError
-
-if TYPE_CHECKING:
-    from torchvision.datasets import ImageFolder
-
+from emq_lib.core.checks import random_source, whole_number
+from emq_lib.core.errors import DatasetMismatchError, DatasetNotFoundError, InvalidParameterError
+from emq_lib.core.images import find_images, open_image, preprocess_imagenet, read_batches, read_npz, read_tree
 
 CIFAR10_DIGEST = "3ef2f9db288a8f54943411ef64a5b5cbe16686916bac3fcd64e24c0ef4a131f8"
-_CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 @dataclass(frozen=True)
@@ -37,6 +32,10 @@ class Split:
         labels: int64, shape (N,).
         mean: per-channel mean of the training images, scaled to 0..1, shape (C,).
         std: per-channel standard deviation, likewise.
+
+    Raises:
+        InvalidParameterError: another type or shape; a negative label; a mean that is not finite, or a deviation that
+            is not positive.
     """
 
     images: torch.Tensor
@@ -44,13 +43,40 @@ class Split:
     mean: torch.Tensor
     std: torch.Tensor
 
+    def __post_init__(self) -> None:
+        """Check types and shapes, and on the CPU values too: a GPU would have to be waited for."""
+        for name in ("images", "labels", "mean", "std"):
+            if not isinstance(getattr(self, name), torch.Tensor):
+                raise InvalidParameterError(f"{name} must be a torch.Tensor, got {getattr(self, name)!r:.40}.")
+        shape, labels = tuple(self.images.shape), self.labels
+        if self.images.dtype != torch.uint8 or len(shape) != 4 or 0 in shape[1:]:
+            raise InvalidParameterError(f"images must be uint8, (N, C, H, W); got {self.images.dtype}, {shape}.")
+        if labels.dtype != torch.int64 or labels.shape != shape[:1]:
+            raise InvalidParameterError(
+                f"labels must be int64, one per image; got {labels.dtype}, {tuple(labels.shape)} for {shape[0]} images."
+            )
+        if _readable(labels) and len(labels) and labels.min() < 0:
+            raise InvalidParameterError(
+                f"labels are classes, counted from 0; they lie in {int(labels.min())} to {int(labels.max())}."
+            )
+        for name, least in (("mean", -torch.inf), ("std", 0.0)):
+            values, above = getattr(self, name), "positive and finite" if name == "std" else "finite"
+            if values.shape != shape[1:2] or (_readable(values) and not ((values > least) & values.isfinite()).all()):
+                raise InvalidParameterError(
+                    f"the {name} of the images must be {above}, one per channel; got {values} for {shape[1]}."
+                )
+
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.images)
 
     def __getitem__(self, index: slice | torch.Tensor) -> Split:
-        """Return the images that a slice or an index tensor selects."""
-        return Split(self.images[index], self.labels[index], self.mean, self.std)
+        """Return the images that a slice or an index tensor selects.
+
+        Raises:
+            InvalidParameterError: an index of another kind, of another length than the images, or out of their range.
+        """
+        return Split(_taken(self.images, index), _taken(self.labels, index), self.mean, self.std)
 
     def inputs(self) -> torch.Tensor:
         """Return normalized float32 inputs in channels-last memory, shape (N, C, H, W)."""
@@ -69,26 +95,69 @@ class Inputs:
 
     Attributes:
         tensor: float32, shape (N, C, H, W).
+
+    Raises:
+        InvalidParameterError: it is no tensor with an axis of images.
     """
 
     tensor: torch.Tensor
+
+    def __post_init__(self) -> None:
+        """Check the type."""
+        if not isinstance(self.tensor, torch.Tensor) or not self.tensor.ndim:
+            raise InvalidParameterError(
+                f"inputs must be a torch.Tensor with an axis of images, got {self.tensor!r:.40}."
+            )
 
     def __len__(self) -> int:
         """Return the number of inputs."""
         return len(self.tensor)
 
     def __getitem__(self, index: slice | torch.Tensor) -> Inputs:
-        """Return those that a slice or an index tensor selects."""
-        return Inputs(self.tensor[index])
+        """Return those that a slice or an index tensor selects. Raises as :class:`Split` does."""
+        return Inputs(_taken(self.tensor, index))
 
     def inputs(self) -> torch.Tensor:
         """Return a copy, which a network that normalizes its input in place may overwrite."""
         return self.tensor.clone()
 
 
+def _taken(tensor: torch.Tensor, index: slice | torch.Tensor) -> torch.Tensor:
+    """Return what a slice or an index tensor selects along the first axis.
+
+    Raises:
+        InvalidParameterError: an index of another kind, of another length, or out of range.
+    """
+    positions = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8)
+    of_images = isinstance(index, torch.Tensor) and index.ndim == 1 and index.dtype in positions
+    if not (isinstance(index, slice) or of_images):
+        raise InvalidParameterError(f"images are selected by a slice, positions or a mask; got {index!r:.60}.")
+    try:
+        return tensor[index]
+    except (IndexError, TypeError, ValueError) as error:
+        raise InvalidParameterError(f"{index!r:.60} does not fit {len(tensor)} images ({error}).") from error
+
+
+def _readable(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor's values can be read at once: it is on the CPU, and no stand-in for one."""
+    return type(tensor) is torch.Tensor and tensor.device.type == "cpu"
+
+
 @dataclass(frozen=True)
 class ImageData:
-    """The fixed splits of a study; `calibration` is a part of `train`, `digest` identifies the images."""
+    """The fixed splits of a study.
+
+    Attributes:
+        train: images that a network learns from; their mean and deviation normalize all.
+        validation: images set aside to choose the epoch.
+        calibration: a part of `train`: what statistics, reconstruction and ranges may see.
+        test: images that accuracy is measured on.
+        digest: SHA-256 over the images, as hexadecimal text: it identifies them.
+        classes: number of classes.
+
+    Raises:
+        DatasetMismatchError: a label outside the classes.
+    """
 
     train: Split
     validation: Split
@@ -96,6 +165,15 @@ class ImageData:
     test: Split
     digest: str
     classes: int
+
+    def __post_init__(self) -> None:
+        """Check the labels, on the CPU."""
+        for name in ("train", "validation", "calibration", "test"):
+            labels = getattr(self, name).labels
+            if _readable(labels) and len(labels) and labels.max() >= self.classes:
+                raise DatasetMismatchError(
+                    f"The {name} images have labels up to {int(labels.max())}, but there are {self.classes} classes."
+                )
 
     def to(self, device: torch.device | str) -> ImageData:
         """Return the same images on another device, where training and measuring then run."""
@@ -122,11 +200,17 @@ def load_images(
         rng: draws ImageNet's calibration images; the other splits are fixed by the images' content.
 
     Raises:
+        InvalidParameterError: an unknown dataset, or more images to set aside than there are.
         DatasetNotFoundError: no images where they are looked for.
-        DatasetMismatchError: the images found are not CIFAR-10, or the class folders of the two parts differ.
+        DatasetMismatchError: a file that cannot be read, images that are not CIFAR-10's, or class folders that differ
+            in the two parts; the file or folder is named.
     """
+    held = whole_number(validation_images, "validation_images", 1)
+    calibration_images = whole_number(calibration_images, "calibration_images", 1)
     if dataset == "imagenet":
-        return _imagenet(calibration_images, rng=rng)
+        return _imagenet(calibration_images, rng=random_source(rng))
+    if dataset not in ("digits", "cifar10"):
+        raise InvalidParameterError(f"unknown dataset {dataset!r:.60}; there are digits, cifar10 and imagenet.")
     arrays = {"digits": _digits, "cifar10": _cifar10}[dataset]()
     (train_images, train_labels, train_hashes) = _sorted_by_content(*arrays["train"])
     (test_images, test_labels, test_hashes) = _sorted_by_content(*arrays["test"])
@@ -136,7 +220,11 @@ def load_images(
             f"The images under EMQ_DATA_ROOT are not CIFAR-10 (digest {digest[:12]}, expected {CIFAR10_DIGEST[:12]}). "
             "Unpack or download them again."
         )
-    held = validation_images
+    if len(train_images) < held + calibration_images:
+        raise InvalidParameterError(
+            f"validation_images={held} and calibration_images={calibration_images} are more than the "
+            f"{len(train_images)} training images. Set fewer aside."
+        )
     scaled = train_images[held:].to(torch.float64) / 255
     mean, std = (statistic(scaled, dim=(0, 2, 3)).float() for statistic in (torch.mean, torch.std))
     train = Split(train_images[held:], train_labels[held:], mean, std)
@@ -150,18 +238,6 @@ def load_images(
     )
 
 
-def preprocess_imagenet(image: Image.Image) -> torch.Tensor:
-    """Return what torchvision's ImageNet networks see of an image: shorter side to 256, the middle 224 x 224.
-
-    Returns:
-        uint8 tensor of shape (3, 224, 224).
-    """
-    from torchvision.transforms import v2
-
-    whole = v2.functional.resize(image.convert("RGB"), [256], antialias=True)
-    return v2.functional.pil_to_tensor(v2.functional.center_crop(whole, [224, 224]))
-
-
 def _imagenet(calibration_images: int, *, rng: np.random.Generator) -> ImageData:
     """Return the reader's ImageNet, preprocessed: validation images, and calibration images of the training set."""
     root = pathlib.Path(os.environ.get("EMQ_DATA_ROOT", "")) / "imagenet"
@@ -170,7 +246,7 @@ def _imagenet(calibration_images: int, *, rng: np.random.Generator) -> ImageData
             "This study needs your own copy of ImageNet: set EMQ_DATA_ROOT to a folder that holds "
             "imagenet/train/<class>/ and imagenet/val/<class>/."
         )
-    calibration, test = (_open_folder(root / part) for part in ("train", "val"))
+    calibration, test = (find_images(root / part) for part in ("train", "val"))
     if calibration.classes != test.classes:
         odd = sorted(set(calibration.classes) ^ set(test.classes))
         raise DatasetMismatchError(f"{root}: train/ and val/ differ in the class folders {odd[:5]}. Complete the tree.")
@@ -178,30 +254,15 @@ def _imagenet(calibration_images: int, *, rng: np.random.Generator) -> ImageData
         raise DatasetNotFoundError(
             f"{root / 'train'} has {len(calibration.samples)} images; calibration needs {calibration_images}."
         )
-    drawn = rng.permutation(len(calibration.samples))[:calibration_images]
+    drawn = np.sort(rng.permutation(len(calibration.samples))[:calibration_images])
     parts = []
-    for folder, chosen in ((calibration, np.sort(drawn)), (test, range(len(test.samples)))):
-        paths, labels = zip(*(folder.samples[index] for index in chosen), strict=True)
-        images = np.stack([preprocess_imagenet(folder.loader(path)).permute(1, 2, 0).numpy() for path in paths])
-        parts.append(_sorted_by_content(images, np.array(labels)))
+    for samples in ([calibration.samples[index] for index in drawn], test.samples):
+        images = np.stack([preprocess_imagenet(open_image(path)).permute(1, 2, 0).numpy() for path, _ in samples])
+        parts.append(_sorted_by_content(images, np.array([label for _, label in samples])))
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     train, test = (Split(images, labels, mean, std) for images, labels, _ in parts)
     digest = hashlib.sha256(b"".join(parts[0][2] + parts[1][2])).hexdigest()
     return ImageData(train, train, train, test, digest, len(calibration.classes))
-
-
-def _open_folder(folder: pathlib.Path) -> ImageFolder:
-    """Return torchvision's view of an ImageFolder tree.
-
-    Raises:
-        DatasetNotFoundError: there is no such folder, or a class without images.
-    """
-    from torchvision.datasets import ImageFolder
-
-    try:
-        return ImageFolder(str(folder))
-    except FileNotFoundError as error:
-        raise DatasetNotFoundError(f"{folder}: {error}") from error
 
 
 def _sorted_by_content(images: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, list[bytes]]:
@@ -233,12 +294,11 @@ def _cifar10() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     root = pathlib.Path(os.environ.get("EMQ_DATA_ROOT", ""))
     if os.environ.get("EMQ_DATA_ROOT") and root.is_dir():
         if (root / "cifar10.npz").is_file():
-            with np.load(root / "cifar10.npz", allow_pickle=False) as arrays:
-                return {split: (arrays[f"x_{split}"], arrays[f"y_{split}"]) for split in ("train", "test")}
+            return read_npz(root / "cifar10.npz")
         if (root / "cifar-10-batches-py").is_dir():
-            return {split: _torchvision_batches(root, split) for split in ("train", "test")}
+            return read_batches(root)
         if (root / "train").is_dir() and (root / "test").is_dir():
-            return {split: _image_folder(root / split) for split in ("train", "test")}
+            return {split: read_tree(root / split) for split in ("train", "test")}
     raise DatasetNotFoundError(
         "This step measures real CIFAR-10 images and found none "
         f"(EMQ_DATA_ROOT={os.environ.get('EMQ_DATA_ROOT') or 'is not set'}). Set EMQ_DATA_ROOT to a folder that holds "
@@ -246,20 +306,3 @@ def _cifar10() -> dict[str, tuple[np.ndarray, np.ndarray]]:
         "torchvision.datasets.CIFAR10(root, download=True) makes the second. "
         "Reading the published study needs no images: run with REBUILD=False."
     )
-
-
-def _torchvision_batches(root: pathlib.Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return images and labels of torchvision's CIFAR10 layout (its checksums guard the pickled batches)."""
-    from torchvision.datasets import CIFAR10
-
-    dataset = CIFAR10(str(root), train=split == "train")
-    return dataset.data, np.asarray(dataset.targets)
-
-
-def _image_folder(folder: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return images and labels of an ImageFolder tree whose folders are the ten class names."""
-    dataset = _open_folder(folder)
-    if tuple(dataset.classes) != _CIFAR10_CLASSES:
-        raise DatasetMismatchError(f"{folder}: expected the class folders {_CIFAR10_CLASSES}, got {dataset.classes}.")
-    images = np.stack([np.asarray(dataset.loader(path)) for path, _ in dataset.samples])
-    return images, np.asarray(dataset.targets)

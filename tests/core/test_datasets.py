@@ -13,7 +13,7 @@ from book.studies import bench, checkpoints, networks
 from book.studies.bench import load_bench
 from book.studies.images import load_dataset
 from book.studies.networks import build_network
-from emq_lib.core import datasets, models
+from emq_lib.core import datasets, images, models
 from emq_lib.core.errors import DatasetMismatchError, DatasetNotFoundError
 from emq_lib.core.profiles import get_profile
 
@@ -39,10 +39,10 @@ def test_inputs_are_normalized_by_the_training_images(data):
 
 def test_order_does_not_depend_on_the_source():
     rng = np.random.default_rng(0)
-    images, labels = rng.integers(0, 256, (50, 4, 4, 3), dtype=np.uint8), rng.integers(0, 10, 50)
+    pixels, labels = rng.integers(0, 256, (50, 4, 4, 3), dtype=np.uint8), rng.integers(0, 10, 50)
     shuffle = rng.permutation(50)
     first, second = (
-        datasets._sorted_by_content(*pair) for pair in ((images, labels), (images[shuffle], labels[shuffle]))
+        datasets._sorted_by_content(*pair) for pair in ((pixels, labels), (pixels[shuffle], labels[shuffle]))
     )
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
@@ -59,34 +59,34 @@ def test_missing_cifar10_says_what_to_do(root, tmp_path, monkeypatch):
         load_dataset(get_profile("cifar10-resnet20"))
 
 
-def _tree(root, classes, images):
+def _tree(root, classes, count):
     for split in ("train", "test"):
         for name in classes:
             folder = root / split / name
             folder.mkdir(parents=True)
-            for index in range(images):
+            for index in range(count):
                 pixels = np.full((32, 32, 3), index, dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{index}.png")
 
 
 def test_other_images_in_an_image_folder_are_refused(tmp_path, monkeypatch):
-    _tree(tmp_path, datasets._CIFAR10_CLASSES, images=2)
+    _tree(tmp_path, images.CIFAR10_CLASSES, count=2)
     monkeypatch.setenv("EMQ_DATA_ROOT", str(tmp_path))
     with pytest.raises(DatasetMismatchError, match="are not CIFAR-10"):
         load_dataset(get_profile("cifar10-resnet20"))
 
 
 def test_other_class_folders_are_refused(tmp_path, monkeypatch):
-    _tree(tmp_path, ["cat", "dog"], images=1)
+    _tree(tmp_path, ["cat", "dog"], count=1)
     monkeypatch.setenv("EMQ_DATA_ROOT", str(tmp_path))
     with pytest.raises(DatasetMismatchError, match="expected the class folders"):
         load_dataset(get_profile("cifar10-resnet20"))
 
 
 def test_empty_class_folders_are_refused(tmp_path, monkeypatch):
-    _tree(tmp_path, datasets._CIFAR10_CLASSES, images=0)
+    _tree(tmp_path, images.CIFAR10_CLASSES, count=0)
     monkeypatch.setenv("EMQ_DATA_ROOT", str(tmp_path))
-    with pytest.raises(DatasetNotFoundError, match="Found no valid file"):
+    with pytest.raises(DatasetNotFoundError, match=r"no images .* in the class folders"):
         load_dataset(get_profile("cifar10-resnet20"))
 
 
@@ -110,7 +110,7 @@ def test_imagenet_is_seen_as_torchvisions_networks_see_it(shape):
     image = Image.fromarray(pixels)
     truth = ResNet18_Weights.IMAGENET1K_V1.transforms()(image)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    split = datasets.Split(datasets.preprocess_imagenet(image)[None], torch.zeros(1, dtype=torch.int64), mean, std)
+    split = datasets.Split(images.preprocess_imagenet(image)[None], torch.zeros(1, dtype=torch.int64), mean, std)
     torch.testing.assert_close(split.inputs()[0], truth, rtol=0, atol=1e-5)
 
 
