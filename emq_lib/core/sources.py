@@ -169,18 +169,25 @@ def _names(node: ast.AST) -> Iterator[str]:
 
 
 def _places(dotted: str, read: _Module, known: Mapping[str, str]) -> Iterable[tuple[str, str]]:
-    """Return (module, name) of what a mentioned name stands for; all that a module defines where it is passed whole."""
+    """Return (module, name) of what a mentioned name stands for, given what the names of imports stand for."""
     first, *attributes = dotted.split(".")
     if first in read.definitions:
         return [(read.name, first)]
-    if first not in known:
-        return []
-    parts = [*known[first].split("."), *attributes]
+    return _resolved((*known[first].split("."), *attributes)) if first in known else []
+
+
+def _resolved(parts: tuple[str, ...]) -> Iterable[tuple[str, str]]:
+    """Return (module, name) of a dotted name; all that a module defines where it is passed whole."""
     for cut in range(len(parts), 0, -1):
         module = ".".join(parts[:cut])
-        if _path(module) is not None:
-            names = _read(module).definitions
-            return [(module, name) for name in (parts[cut : cut + 1] or names) if name in names]
+        if _path(module) is None:
+            continue
+        read, rest = _read(module), parts[cut:]
+        if not rest:
+            return [(module, name) for name in read.definitions]
+        if rest[0] in read.definitions:
+            return [(module, rest[0])]
+        return _resolved((*read.imports[rest[0]].split("."), *rest[1:])) if rest[0] in read.imports else []
     return []
 
 

@@ -113,7 +113,7 @@ def _with_small_budgets(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(build, "__kwdefaults__", build.__kwdefaults__ | defaults)
     for function in vars(intervals).values():
         if inspect.isfunction(function) and "resamples" in (function.__kwdefaults__ or {}):
-            patch.setattr(function, "__kwdefaults__", function.__kwdefaults__ | {"resamples": 5})
+            patch.setattr(function, "__kwdefaults__", function.__kwdefaults__ | {"resamples": 100})
 
 
 def _watch(patch: pytest.MonkeyPatch, looks: list[Look]) -> None:
