@@ -14,7 +14,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from book.studies.bench import load_bench
-from book.studies.files import CHECKS
+from book.studies.files import CHECKS, NEUTRAL
 from book.studies.networks import build_network, layer_table, load_folded
 from book.studies.rows import PARTIAL, PartialRows, measure_resumably, row_keys, row_of
 from book.studies.study import checked_path, new_file, sole_writer, study_folder
@@ -24,9 +24,11 @@ from emq_lib.core.datasets import ImageData
 from emq_lib.core.errors import InvalidParameterError
 from emq_lib.core.profiles import QUANTIZERS, Profile
 from emq_lib.core.quantizers import choose_activation_ranges
+from emq_lib.core.sources import code_hash
 from emq_lib.quantization.brecq import WEIGHTS_ONLY, reconstruct_in_order
 
 DRAWS, CONFIGS, IN_ORDER = 3, 50, 20
+_HOW_IN_ORDER = "emq_lib.quantization.brecq:reconstruct_in_order"
 COLUMNS = ("quantizer", "draw", "bits", "top1", "loss", "correct_a", "correct_b", "n_a", "n_b")
 
 
@@ -90,7 +92,13 @@ def _measure_in_order(profile: Profile, data: ImageData, configs: np.ndarray) ->
     split = data.test[: profile.bench_images or len(data.test)]
     finished = PartialRows(study_folder(profile) / PARTIAL)
     rows = finished.read()
-    keys = [f"in order {key}" for key in row_keys(profile, data, len(split), configs)]
+    how = [
+        "in order",
+        dataclasses.asdict(WEIGHTS_ONLY),
+        profile.seed_of("in order"),
+        code_hash(_HOW_IN_ORDER, neutral=NEUTRAL),
+    ]
+    keys = row_keys(profile, data, len(split), configs, also=how)
     for key, config in zip(keys, tqdm(configs, desc="in order", unit="config"), strict=True):
         if key not in rows:
             started = time.perf_counter()

@@ -5,19 +5,22 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import math
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+import torch
 from tqdm.auto import tqdm
 
-from book.studies.files import DECIDES_ROWS, MODEL
+from book.studies.files import DECIDES_ROWS, MODEL, NEUTRAL
 from book.studies.networks import load_folded
 from book.studies.study import checked_path, study_folder
 from emq_lib.bench.engine import Measurement
 from emq_lib.bench.remote import measure_anywhere
+from emq_lib.bench.table import MEASURED
 from emq_lib.core.datasets import ImageData
 from emq_lib.core.errors import CorruptArtefactError
 from emq_lib.core.files import sha256, to_json
@@ -63,7 +66,7 @@ def measure_resumably(
     """
     split = data.test[: images or len(data.test)]
     keys = row_keys(profile, data, len(split), configs)
-    finished = PartialRows(study_folder(profile) / PARTIAL)
+    finished = PartialRows(study_folder(profile) / PARTIAL, MEASURED)
     measured = dict(known or {}) | finished.read()
     missing = [config for key, config in zip(keys, configs, strict=True) if key not in measured]
     key_of = {tuple(map(int, config)): key for key, config in zip(keys, configs, strict=True)}
@@ -92,42 +95,71 @@ def row_of(item: Measurement) -> dict[str, float | int]:
     }
 
 
-def row_keys(profile: Profile, data: ImageData, images: int, configs: np.ndarray) -> list[str]:
-    """Return one hexadecimal key per configuration: a hash of everything that its row depends on."""
+def row_keys(profile: Profile, data: ImageData, images: int, configs: np.ndarray, *, also: object = None) -> list[str]:
+    """Return one hexadecimal key per configuration: a hash of everything that its row depends on.
+
+    Args:
+        profile: the study; its checkpoint must exist.
+        data: its images.
+        images: how many test images, the first ones.
+        configs: bits, shape (N, S).
+        also: what else the rows depend on, as numbers, texts and lists of them.
+
+    Raises:
+        MissingArtefactError, CorruptArtefactError, StaleArtefactError: of the checkpoint, see
+            :func:`book.studies.study.checked_path`.
+    """
+    test, calibration = data.test[:images], data.calibration
     facts = {
         "checkpoint": sha256(checked_path(profile, MODEL)),
-        "images": (data.digest, images),
-        "calibration": hashlib.blake2b(data.calibration.images.cpu().numpy().tobytes(), digest_size=12).hexdigest(),
+        "model": profile.model,
+        "images": tensor_digest(test.images, test.labels, test.mean, test.std),
+        "calibration": tensor_digest(calibration.images, calibration.mean, calibration.std),
         "quantized": (profile.quantizer, profile.pinned, profile.tied, profile.activation_bits),
         "code": rows_version(profile.quantizer),
+        "also": also,
     }
     prefix = to_json(facts).encode()
     return [hashlib.blake2b(prefix + bytes(map(int, config)), digest_size=12).hexdigest() for config in configs]
+
+
+def tensor_digest(*tensors: torch.Tensor) -> str:
+    """Return a hash of tensors: their shapes, types and entries."""
+    digest = hashlib.blake2b(digest_size=12)
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(tensor.contiguous().cpu().numpy())
+    return digest.hexdigest()
 
 
 @functools.cache
 def rows_version(quantizer: str) -> str:
     """Return a hash of the code that decides a row's numbers: folding, ranges, rounding, the arithmetic of a layer."""
     learned = ["emq_lib.quantization.adaround:build_adaround_bank"] if quantizer == "adaround" else []
-    return code_hash(*DECIDES_ROWS, *learned)
+    return code_hash(*DECIDES_ROWS, *learned, neutral=NEUTRAL)
 
 
 class PartialRows:
     """Finished rows of a long measurement on disk: a journal with one line per block.
 
-    Attributes:
-        seconds: wall time of all blocks.
+    Args:
+        path: the file, which may exist.
+        numbers: what every row holds, each a finite number.
 
     Raises:
-        CorruptArtefactError: a line that no run wrote.
+        CorruptArtefactError: the file belongs to something else, or holds a line that no run wrote.
     """
 
-    def __init__(self, path: pathlib.Path) -> None:
+    def __init__(self, path: pathlib.Path, numbers: Sequence[str] = ("top1", "loss")) -> None:
         self._journal = Journal(path, {"rows of": path.name})
         for number, line in enumerate(self._journal.lines, start=2):
             rows, seconds = line.get("rows"), line.get("seconds")
-            if not isinstance(rows, dict) or not isinstance(seconds, float | int):
-                raise CorruptArtefactError(f"{path}, line {number}, was written by no run. Delete the file.")
+            known = isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values())
+            found = [row.get(name) for row in rows.values() for name in numbers] if known else []
+            if not known or not all(map(_is_finite, [seconds, *found])) or seconds < 0:
+                raise CorruptArtefactError(
+                    f"{path}, line {number}, was written by no run. Delete the file to start afresh."
+                )
 
     @property
     def seconds(self) -> float:
@@ -145,3 +177,7 @@ class PartialRows:
             DiskFullError: there is no room for it.
         """
         self._journal.append({"rows": rows, "seconds": seconds})
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

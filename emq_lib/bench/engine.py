@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -108,21 +107,22 @@ class _Engine:
     @torch.inference_mode()
     def measure(self, split: Split, block: Sequence[tuple[int, ...]]) -> list[Measurement]:
         """Measure a block of configurations. Nothing waits for a GPU until all of them are under way."""
-        device = split.images.device
-        correct = torch.empty(len(block), len(split), dtype=torch.bool, device=device)
-        losses = torch.zeros(len(block), dtype=torch.float64, device=device)
+        device, shape = split.images.device, (len(block), len(split))
+        correct = torch.empty(shape, dtype=torch.bool, device=device)
+        losses = torch.empty(shape, dtype=torch.float64, device=device)
         for first in range(0, len(split), self.batch_size):
             batch = split[first : first + self.batch_size]
+            images = slice(first, first + len(batch))
             self._take(batch.inputs())
             for row, config in enumerate(block):
                 shared = _shared_pieces(block[row - 1], config, self._depth) if row else 0
-                logits = self._run(config, shared)[: len(batch)].float()
-                correct[row, first : first + len(batch)] = logits.argmax(dim=1) == batch.labels
-                losses[row] += F.cross_entropy(logits.double(), batch.labels, reduction="sum")
-        results = list(zip(block, correct.cpu().numpy(), losses.tolist(), strict=True))
-        if odd := [bits_text(config) for config, _, loss in results if not math.isfinite(loss)]:
+                logits = self._run(config, shared)[: len(batch)]
+                correct[row, images], losses[row, images] = judged(logits, batch.labels)
+        means = losses.cpu().numpy().mean(axis=1)  # of all images at once: whatever the size of a batch
+        if odd := [bits_text(config) for config, loss in zip(block, means, strict=True) if not np.isfinite(loss)]:
             raise UnsupportedModelError(f"the network's logits are NaN or infinite under the configurations {odd}.")
-        return [Measurement(config, hits, loss / len(split)) for config, hits, loss in results]
+        results = zip(block, correct.cpu().numpy(), means.tolist(), strict=True)
+        return [Measurement(config, hits, loss) for config, hits, loss in results]
 
     def _take(self, inputs: torch.Tensor) -> None:
         """Begin with a batch of at most ``batch_size`` images."""
@@ -169,6 +169,16 @@ class _CapturedEngine(_Engine):
         """Compute one piece at the selected bits."""
         piece, _ = self.network.pieces[number]
         self._outputs[number + 1].copy_(piece(self._outputs[number]))
+
+
+def judged(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return whether each image is classified correctly, and its cross-entropy in float64, both of shape (N,).
+
+    Args:
+        logits: of the images, shape (N, classes).
+        labels: int64, shape (N,).
+    """
+    return logits.argmax(dim=1) == labels, F.cross_entropy(logits.double(), labels, reduction="none")
 
 
 def _record(step: Callable[[], None], another: torch.cuda.CUDAGraph | None) -> torch.cuda.CUDAGraph:

@@ -112,7 +112,7 @@ def test_a_full_disk_loses_no_finished_row(tmp_path, small_disk):
 
     def fill():
         for index in range(1_000):
-            block = {f"{index:024d}": {"top1": float(index)}}
+            block = {f"{index:024d}": {"top1": float(index), "loss": 0.5}}
             rows.append(block, seconds=0.5)
             written.update(block)
 
