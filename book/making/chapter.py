@@ -22,7 +22,7 @@ from myst_nb import glue
 from book.making.tables import fenced, plain
 from book.places import PRINTED, REPOSITORY
 from book.studies.study import manifest_of, outdated, study_folder
-from emq_lib.core.errors import ClaimError, InvalidParameterError, UnwritablePathError
+from emq_lib.core.errors import ClaimError, CorruptArtefactError, InvalidParameterError, UnwritablePathError
 from emq_lib.core.files import named_when_unwritable, write_bytes
 from emq_lib.core.profiles import Profile, get_profile, is_published
 
@@ -221,14 +221,23 @@ def _outdated_files(study: Profile) -> list[str]:
 
 
 def read_costs() -> pd.DataFrame:
-    """Return what chapters took: columns device, study, chapter, seconds, memory and gpu_memory (both in GiB)."""
+    """Return what chapters took: columns device, study, chapter, seconds, memory and gpu_memory (both in GiB).
+
+    Raises:
+        CorruptArtefactError: ``benchmarks/chapters.json`` is cut or altered.
+    """
     path = REPOSITORY / "benchmarks" / "chapters.json"
-    rows = [
-        (device, study, chapter, cost["seconds"], cost["memory_bytes"] / 2**30, cost["gpu_memory_bytes"] / 2**30)
-        for device, studies in (json.loads(path.read_text()) if path.is_file() else {}).items()
-        for study, chapters in studies.items()
-        for chapter, cost in chapters.items()
-    ]
+    try:
+        rows = [
+            (device, study, chapter, cost["seconds"], cost["memory_bytes"] / 2**30, cost["gpu_memory_bytes"] / 2**30)
+            for device, studies in (json.loads(path.read_text()) if path.is_file() else {}).items()
+            for study, chapters in studies.items()
+            for chapter, cost in chapters.items()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptArtefactError(
+            f"{path} is cut or altered ({error}). Restore it; make notebooks adds to it."
+        ) from error
     return pd.DataFrame(rows, columns=["device", "study", "chapter", "seconds", "memory", "gpu_memory"])
 
 
@@ -244,10 +253,15 @@ def read_rebuild_costs(studies: Sequence[str]) -> pd.DataFrame:
 
 
 def read_ledger(chapter: Chapter) -> pd.DataFrame:
-    """Return the claims of all chapters that ran on this study, one row each, with the chapter's name in front."""
-    rows = [
-        {"chapter": path.stem} | json.loads(line)
-        for path in sorted(chapter.ledger.parent.glob("*.jsonl"))
-        for line in path.read_text().splitlines()
-    ]
+    """Return the claims of all chapters that ran on this study, one row each, with the chapter's name in front.
+
+    Raises:
+        CorruptArtefactError: a page of the ledger is cut or altered.
+    """
+    rows = []
+    for path in sorted(chapter.ledger.parent.glob("*.jsonl")):
+        try:
+            rows += [{"chapter": path.stem} | json.loads(line) for line in path.read_text().splitlines()]
+        except (ValueError, TypeError) as error:
+            raise CorruptArtefactError(f"{path} is cut or altered ({error}). Execute {path.stem} again.") from error
     return pd.DataFrame(rows)

@@ -8,10 +8,16 @@ import pandas as pd
 import pytest
 from nbconvert.filters import markdown2html
 
-from book.making.chapter import Chapter, _made_by, read_ledger, start_chapter
+from book.making.chapter import Chapter, _made_by, read_costs, read_ledger, start_chapter
 from book.places import REPOSITORY
 from book.studies.study import study_folder
-from emq_lib.core.errors import ClaimError, InvalidParameterError, UnknownProfileError, UnwritablePathError
+from emq_lib.core.errors import (
+    ClaimError,
+    CorruptArtefactError,
+    InvalidParameterError,
+    UnknownProfileError,
+    UnwritablePathError,
+)
 from emq_lib.core.profiles import get_profile
 
 
@@ -71,6 +77,22 @@ def test_a_chapter_sees_its_own_study_with_its_own_seed_and_the_others_as_publis
     assert chapter.study("digits-resnet8") is chapter.profile
     assert chapter.study("digits-resnet8").seed == get_profile("digits-resnet8").seed + 3
     assert chapter.study("cifar10-resnet20") == get_profile("cifar10-resnet20")
+
+
+@pytest.mark.parametrize("content", [b'{"key": 1', b"[1, 2]\n", b"\xff\xfe\n", b"3\n", b"{}\n\nx"])
+def test_a_page_of_the_ledger_that_is_cut_or_altered_is_named(chapter, content):
+    chapter.ledger.with_name("other.jsonl").write_bytes(content)
+    with pytest.raises(CorruptArtefactError, match="other.jsonl is cut or altered .*Execute other again"):
+        read_ledger(chapter)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"a": 3}', '{"a": {"b": {"c": {}}}}', '{"a": {"b": {"c": null}}}'])
+def test_costs_that_are_cut_or_altered_are_named(content, tmp_path, monkeypatch):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "chapters.json").write_text(content)
+    monkeypatch.setattr("book.making.chapter.REPOSITORY", tmp_path)
+    with pytest.raises(CorruptArtefactError, match="chapters.json is cut or altered"):
+        read_costs()
 
 
 def test_bounds_by_profile_bind_that_profile_only(chapter):
