@@ -208,7 +208,7 @@ def build_searches(profile: Profile) -> None:
 def _worth(
     genotype: Genotype, problem: Problem, heldout: tuple[np.ndarray, np.ndarray], fair: Problem
 ) -> dict[str, object]:
-    """Return what a formula is worth on the search half, on configurations and accuracies held out, and inside sizes."""
+    """Return what a formula is worth: on the search half, on held-out configurations, and inside sizes."""
     table, choices = problem.evaluator.scores(genotype), problem.evaluator.choices
     searched, scores, fair_scores = (
         score(table, configs, choices, aggregation=genotype.aggregation)
@@ -226,6 +226,7 @@ def _worth(
     }
 
 
+_HELDOUT = ("heldout_fitness", *(f"heldout_rho{percent}" for percent in ranking.PERCENTS), "heldout_binned")
 _SEARCH_COLUMNS = {
     "method": str,
     "structure": str,
@@ -236,9 +237,7 @@ _SEARCH_COLUMNS = {
     "duplicates": int,
     "goal": float,
     "search_fitness": float,
-    "heldout_fitness": float,
-    **{f"heldout_rho{percent}": float for percent in ranking.PERCENTS},
-    "heldout_binned": float,
+    **dict.fromkeys(_HELDOUT),  # NaN where a formula scores the best of them all alike
     "complexity": int,
     "best": str,
 }
@@ -294,7 +293,7 @@ def load_evolution(profile: Profile, filename: str = EVOLUTION_LOG) -> list[dict
         CorruptArtefactError: it is altered, empty, or holds a line that is not JSON or no line of such a log: a key is
             absent, a number is NaN, a formula is none.
     """
-    if filename not in _FIELDS:
+    if not (isinstance(filename, str) and filename in _FIELDS):
         raise InvalidParameterError(f"{filename!r:.80} is no log of searches; there are {', '.join(_FIELDS)}.")
     path, found = checked_path(profile, filename), []
     try:
@@ -326,9 +325,10 @@ def load_searches(profile: Profile) -> pd.DataFrame:
     """
     path = checked_path(profile, SEARCHES)
     table = read_table(path, _SEARCH_COLUMNS)
-    numbers = table[["goal", "search_fitness"]].to_numpy()
-    if table.empty or not np.isfinite(numbers).all() or not table["best"].map(_is_formula).all():
-        raise CorruptArtefactError(f"{path} is empty, or a fitness or a formula is none. Restore or rebuild it.")
+    formulas = table["best"].map(_is_formula).all() and table["structure"].isin(STRUCTURES).all()
+    counts = (table.select_dtypes("integer") >= 0).all(axis=None)
+    if not (formulas and counts and all(pd.api.types.is_float_dtype(table[name]) for name in _HELDOUT)):
+        raise CorruptArtefactError(f"{path} holds a formula or a number that is none. Restore or rebuild it.")
     return table
 
 
