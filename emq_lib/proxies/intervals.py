@@ -209,13 +209,14 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 
     Raises:
         InvalidParameterError: no p-values, or one is NaN or outside 0 to 1.
+        InvalidScoreError: they are no list of real numbers.
 
     >>> holm([0.01, 0.04, 0.03])
     array([0.03, 0.06, 0.06])
     """
     from statsmodels.stats.multitest import multipletests  # here: it takes a while to import
 
-    p = real_numbers(p_values, "p-values", ndim=1)
+    p = real_numbers(p_values, "p-values", ndim=1, finite=False)
     if not (len(p) and ((p >= 0) & (p <= 1)).all()):
         raise InvalidParameterError(f"need p-values in 0 to 1, got {p}.")
     return multipletests(p, method="holm")[1]

@@ -9,11 +9,15 @@ from torch.func import functional_call, hessian
 
 from book.studies.networks import layer_table, load_checkpoint
 from emq_lib.core.datasets import Split
-from emq_lib.core.errors import InvalidParameterError, UnsupportedModelError
+from emq_lib.core.errors import UnsupportedModelError
 from emq_lib.core.graphs import fold_batchnorm
 from emq_lib.proxies import curvature
 
 NAME = "layer1.0.conv1"
+
+
+def _generator(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture
@@ -40,7 +44,7 @@ class Attention(nn.Module):
 
 @pytest.fixture
 def smooth():
-    images = torch.randint(0, 256, (6, 1, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    images = torch.randint(0, 256, (6, 1, 8, 8), generator=_generator(1), dtype=torch.uint8)
     split = Split(images, torch.tensor([0, 1, 2, 0, 1, 2]), mean=torch.tensor([0.5]), std=torch.tensor([0.3]))
     return torch.fx.symbolic_trace(Attention().eval()), ["conv", "grouped", "fc1", "fc2", "head"], split
 
@@ -81,7 +85,9 @@ def _compare_moments(model, names, images):
 def test_trace_is_that_of_the_dense_hessian(network, data):
     model, _ = network
     dense = _dense(model, NAME, data.calibration[:5])
-    trace, error = curvature.hessian_traces(model, [NAME], data.calibration[:5], combinations=None, batch_size=2)
+    trace, error = curvature.hessian_traces(
+        model, [NAME], data.calibration[:5], combinations=None, generator=_generator(), batch_size=2
+    )
     assert trace[0] == pytest.approx(dense.trace().item(), rel=1e-3)
     assert error[0] > 0
 
@@ -90,7 +96,7 @@ def test_standard_error_of_the_trace_is_that_of_the_mean(network, data):
     model, _ = network
 
     def traces(images):
-        return curvature.hessian_traces(model, [NAME], images, combinations=None)
+        return curvature.hessian_traces(model, [NAME], images, combinations=None, generator=_generator())
 
     pairs = [traces(data.calibration[i : i + 2])[0][0] for i in (0, 2, 4)]
     trace, error = traces(data.calibration[:6])
@@ -101,12 +107,14 @@ def test_standard_error_of_the_trace_is_that_of_the_mean(network, data):
 
 def test_random_combinations_of_classes_have_the_same_mean(network, data):
     model, names = network
-    exact, _ = curvature.hessian_traces(model, names, data.calibration[:32], combinations=None)
-    generator = torch.Generator().manual_seed(0)
+    exact, _ = curvature.hessian_traces(model, names, data.calibration[:32], combinations=None, generator=_generator())
+    generator = _generator()
     drawn, _ = curvature.hessian_traces(model, names, data.calibration[:32], combinations=200, generator=generator)
     np.testing.assert_allclose(drawn, exact, rtol=0.1)
     few, error = curvature.hessian_traces(model, names, data.calibration, generator=generator)
-    all_classes, least = curvature.hessian_traces(model, names, data.calibration, combinations=None)
+    all_classes, least = curvature.hessian_traces(
+        model, names, data.calibration, combinations=None, generator=generator
+    )
     assert (np.abs(few - all_classes) < 2 * error).all()
     assert 0.6 < np.median(error / least) < 1.6
 
@@ -115,7 +123,7 @@ def test_networks_that_bend_get_hessian_vector_products(smooth):
     """The mean over many probes is the trace of the dense Hessian, within four of its standard errors."""
     model, names, images = smooth
     truth = np.array([_dense(model, name, images).trace().item() for name in names])
-    generator = torch.Generator().manual_seed(0)
+    generator = _generator()
     trace, _ = curvature.hutchinson_traces(model, names, images, probes=400, generator=generator)
     spread = [
         np.sqrt(2 * ((h := _dense(model, name, images)).square().sum() - h.diagonal().square().sum()).item() / 400)
@@ -129,10 +137,8 @@ def test_networks_that_bend_get_hessian_vector_products(smooth):
 
 def test_standard_error_of_probes_is_that_of_batch_means(smooth):
     model, names, images = smooth
-    trace, error = curvature.hutchinson_traces(
-        model, names, images, probes=3, generator=torch.Generator().manual_seed(5), batch_size=2
-    )
-    generator = torch.Generator().manual_seed(5)
+    trace, error = curvature.hutchinson_traces(model, names, images, probes=3, generator=_generator(5), batch_size=2)
+    generator = _generator(5)
     alone = [
         curvature.hutchinson_traces(model, names, images[i : i + 2], probes=3, generator=generator)[0]
         for i in (0, 2, 4)
@@ -150,7 +156,7 @@ def test_traces_agree_with_curvlinops(network, data):
     batches = [(images.inputs(), images.labels)]
     operator = HessianLinearOperator(model, nn.CrossEntropyLoss(), [weight], batches, check_deterministic=False)
     columns = operator @ torch.eye(weight.numel())
-    trace, _ = curvature.hessian_traces(model, [names[1]], images, combinations=None)
+    trace, _ = curvature.hessian_traces(model, [names[1]], images, combinations=None, generator=_generator())
     assert trace[0] == pytest.approx(columns.diagonal().sum().item(), rel=1e-3)
 
 
@@ -169,15 +175,71 @@ def test_top_eigenvalue_of_a_network_that_bends(smooth):
     np.testing.assert_allclose(curvature.top_eigenvalues(model, names, images), truth, rtol=1e-2)
 
 
-def test_bad_networks_are_named(smooth, network, data):
+def test_frozen_layers_are_named(smooth):
     model, names, images = smooth
     model.fc1.weight.requires_grad_(False)
     with pytest.raises(UnsupportedModelError, match=r"\['fc1'\] are frozen"):
-        curvature.hutchinson_traces(model, names, images)
+        curvature.hutchinson_traces(model, names, images, generator=_generator())
     first, _ = curvature.gradient_moments(model, names, images)  # needs no gradient of the weights themselves
     assert first[2].abs().sum() > 0
-    with pytest.raises(InvalidParameterError, match="two images"):
-        curvature.hessian_traces(*network, data.calibration[:1])
+
+
+def test_blocks_without_curvature_have_trace_and_eigenvalue_zero():
+    """Labels aside, constant logits leave nothing to bend; ARPACK itself has no answer for a zero matrix."""
+
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.layer(x.flatten(1)) * 0
+
+    images = _blank(4)
+    for model in (Constant().eval(), torch.fx.symbolic_trace(Constant().eval())):
+        assert curvature.top_eigenvalues(model, ["layer"], images) == [0.0]
+        trace, _ = curvature.hessian_traces(model, ["layer"], images, generator=_generator())
+        assert trace == [0.0]
+
+
+def test_a_layer_of_one_weight_has_its_second_derivative():
+    class One(nn.Module):
+        def __init__(self, function):
+            super().__init__()
+            self.conv, self.head, self.function = nn.Conv2d(1, 1, 1, bias=False), nn.Linear(4, 3), function
+
+        def forward(self, x):
+            return self.head(self.function(self.conv(x)).flatten(1))
+
+    generator = _generator()
+    pixels = torch.randint(0, 256, (3, 1, 2, 2), generator=generator, dtype=torch.uint8)
+    images = Split(pixels, torch.tensor([0, 1, 2]), mean=torch.zeros(1), std=torch.ones(1))
+    for function in (F.relu, F.gelu):
+        model = torch.fx.symbolic_trace(One(function).eval())
+        with torch.no_grad():
+            model.conv.weight.fill_(0.7)
+        truth = _dense(model, "conv", images).item()
+        assert curvature.top_eigenvalues(model, ["conv"], images)[0] == pytest.approx(truth, rel=1e-4)
+        single = curvature.top_eigenvalues(model, ["conv"], images[:1])[0]
+        assert single == pytest.approx(_dense(model, "conv", images[:1]).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("mode", "padding"), [("zeros", "same"), ("reflect", 1), ("circular", (1, 2)), ("replicate", "valid")]
+)
+def test_moments_of_convolutions_that_pad_otherwise(mode, padding):
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        conv = nn.Conv2d(1, 4, 3, padding=padding, padding_mode=mode)
+        model = nn.Sequential(conv, nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3))
+    pixels = torch.randint(0, 256, (4, 1, 6, 6), generator=_generator(), dtype=torch.uint8)
+    images = Split(pixels, torch.tensor([0, 1, 2, 0]), mean=torch.zeros(1), std=torch.ones(1))
+    _compare_moments(model.eval(), ["0", "4"], images)
+
+
+def _blank(count):
+    pixels = torch.zeros(count, 1, 2, 2, dtype=torch.uint8)
+    return Split(pixels, torch.arange(count) % 3, mean=torch.zeros(1), std=torch.ones(1))
 
 
 def test_a_layer_without_effect_is_named():
@@ -189,8 +251,5 @@ def test_a_layer_without_effect_is_named():
         def forward(self, x):
             return self.used(x.flatten(1)) + 0 * self.unused(x.flatten(1)).detach()
 
-    images = Split(
-        torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1]), mean=torch.zeros(1), std=torch.ones(1)
-    )
     with pytest.raises(UnsupportedModelError, match="'unused'"):
-        curvature.gradient_moments(Dead(), ["used", "unused"], images)
+        curvature.gradient_moments(Dead().eval(), ["used", "unused"], _blank(2))

@@ -6,21 +6,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch.func import functional_call
 
 from book.studies import proxies
-from book.studies.study import record, save_tensors
-from emq_lib.core.errors import CorruptArtefactError, InvalidParameterError, UnsupportedModelError
+from book.studies.networks import layer_table, load_folded
 from emq_lib.core.quantizers import fake_quantize
-from emq_lib.proxies import layer_statistics, passes
+from emq_lib.proxies import layer_statistics, measuring, passes
 
 NAME = "layer1.0.conv1"
 
 
 @pytest.fixture
 def network(study, profile):
-    model, layers = layer_statistics._load_folded(profile)
+    model = load_folded(profile, "cpu")
+    layers = layer_table(model, profile)
     return model, list(layers.loc[layers["searchable"], "name"])
 
 
@@ -35,7 +34,7 @@ def test_output_error_is_that_of_the_layers_output(network, data):
     changed = F.conv2d(seen["x"], quantized, layer.bias, padding=1)
     bias = layer.bias.detach().view(1, -1, 1, 1)
     truth = (changed - seen["y"]).square().sum() / (seen["y"] - bias).square().sum()
-    found = layer_statistics.output_errors(model, {NAME: [quantized - layer.weight.detach()]}, images, batch_size=16)
+    found = measuring.output_errors(model, {NAME: [quantized - layer.weight.detach()]}, images, batch_size=16)
     assert found[0, 0] == pytest.approx(truth.item(), rel=1e-4)
 
 
@@ -65,7 +64,7 @@ def test_logits_of_one_slot_agree_with_plain_passes_and_weights_are_restored(net
     for slot, choice in ((0, 0), (0, 1), (1, 0)):
         truth = _logits(model, quantized, images, [(name, choice) for name in members[slot]])
         torch.testing.assert_close(logits[slot, choice], truth, rtol=1e-4, atol=1e-5)
-    kl, loss = passes.divergences(plain, logits), passes._losses(plain, logits, images.labels)
+    kl, loss = passes.divergences(plain, logits), passes.loss_gains(plain, logits, images.labels)
     p, q = plain.softmax(dim=1), logits[1, 0].softmax(dim=1)
     assert kl[1, 0] == pytest.approx((p * (p / q).log()).sum(dim=1).mean().item(), rel=1e-6)
     gain = F.cross_entropy(logits[1, 0], images.labels) - F.cross_entropy(plain, images.labels)
@@ -106,7 +105,7 @@ def test_logit_products_are_the_second_derivative_of_the_divergence():
 
 def test_activation_samples_are_inputs_of_the_layer(network, data):
     model, names = network
-    samples = layer_statistics.activation_samples(model, names, data.calibration)
+    samples = measuring.activation_samples(model, names, data.calibration)
     assert [sample.shape[0] for sample in samples] == [8, 8, 8, 16, 16, 32]
     assert all(sample.numel() == layer_statistics.SAMPLE for sample in samples)
     assert all((sample >= 0).all() for sample in samples)  # every searchable layer comes after a ReLU
@@ -136,21 +135,3 @@ def test_layers_that_share_a_slot_are_added_up(study, profile):
     table = np.arange(12.0).reshape(6, 2)
     assert statistics.slot_count == 5
     np.testing.assert_array_equal(statistics.per_slot(table), [[0, 1], [6, 8], [6, 7], [8, 9], [10, 11]])
-
-
-def test_one_class_and_infinite_statistics_are_named(study, profile, data, monkeypatch):
-    images = data.calibration[data.calibration.labels == 3]
-    with pytest.raises(InvalidParameterError, match="of one class"):
-        layer_statistics.measure_statistics(profile, images)
-    overflowing = np.array([1.0, np.inf, 1, 1, 1, 1])
-    monkeypatch.setattr(layer_statistics.curvature, "top_eigenvalues", lambda *_args, **_kwargs: overflowing)
-    with pytest.raises(UnsupportedModelError, match=r"eigenvalue is NaN or infinite at 'layer1\.0\.conv2'"):
-        layer_statistics.measure_statistics(profile, data.calibration[:64])
-
-
-def test_statistics_of_another_checkpoint_are_refused(own_study, profile):
-    path = own_study / "statistics.safetensors"
-    save_tensors(profile, path.name, load_file(str(path)), {"seconds": {}, "checkpoint": "other"})
-    record(profile, path.name, command="test", seconds=0.0)
-    with pytest.raises(CorruptArtefactError, match="another checkpoint"):
-        proxies.load_statistics(profile)

@@ -8,9 +8,10 @@ import pytest
 
 from book.studies import proxies
 from book.studies.bench import load_bench
+from book.studies.networks import layer_table, load_folded
 from book.studies.proxies import load_statistics
 from emq_lib.core.errors import InvalidScoreError
-from emq_lib.proxies import curvature, handmade, layer_statistics
+from emq_lib.proxies import curvature, handmade
 from emq_lib.proxies.scores import score
 
 
@@ -24,7 +25,8 @@ def moments(built_study, profile, data):
     """Gradients and Fisher diagonal of every weight; the statistics keep a sample of large layers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EMQ_STUDY_ROOT", str(built_study))
-        model, layers = layer_statistics._load_folded(profile)
+        model = load_folded(profile, "cpu")
+    layers = layer_table(model, profile)
     return curvature.gradient_moments(model, list(layers.loc[layers["searchable"], "name"]), data.calibration)
 
 

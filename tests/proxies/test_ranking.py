@@ -8,7 +8,8 @@ from scipy import stats
 from sklearn.linear_model import LinearRegression
 
 from emq_lib.core.errors import ConfigLengthError, InvalidBitsError, InvalidParameterError, InvalidScoreError
-from emq_lib.proxies import intervals, oracles, ranking
+from emq_lib.proxies import counts as counts_
+from emq_lib.proxies import intervals, oracles, ranking, resampling
 
 CHOICES = (2, 3, 4)
 
@@ -59,9 +60,9 @@ def test_of_equal_scores_the_first_stay():
 def test_counting_draws_equals_ranking_them(seed, levels, percent):
     rng = np.random.default_rng(seed)
     scores, accuracy = rng.integers(levels, size=60).astype(float), rng.integers(levels, size=60).astype(float)
-    counts = intervals._draw(4, [np.arange(60)], rng)
+    counts = resampling.draw(4, [np.arange(60)], rng)
     assert (counts.sum(axis=1) == 60).all()
-    for found, row in zip(intervals._rho_of_counts(scores, accuracy, percent)(counts), counts, strict=True):
+    for found, row in zip(counts_.rho_of_counts(scores, accuracy, percent)(counts), counts, strict=True):
         drawn = np.repeat(np.arange(60), row)
         x, y = scores[drawn], accuracy[drawn]
         kept = sorted(range(60), key=lambda i: -x[i])[: 60 * percent // 100]
@@ -380,8 +381,18 @@ def test_interval_of_any_statistic_is_scipys(statistic):
 def test_correlation_on_the_logit_scale():
     scores = np.array([-2.0, 0.5, 1.0, 3.0])
     assert ranking.logit_pearson(scores, 100 / (1 + np.exp(-scores))) == pytest.approx(1)
-    with pytest.raises(InvalidScoreError, match="inside 0 to 100"):
-        ranking.logit_pearson(scores, np.array([0.0, 10, 20, 30]))
+
+
+def test_none_or_all_of_the_images_are_half_an_image_off():
+    """The logit of half of 200 images off either end, where those of 0 and 100 % are infinite."""
+    scores, top1 = np.array([-2.0, 0.5, 1.0, 3.0]), np.array([0.0, 50, 60, 100])
+    logits = [np.log(0.0025 / 0.9975), 0, np.log(0.6 / 0.4), np.log(0.9975 / 0.0025)]
+    truth = stats.pearsonr(scores, logits).statistic
+    assert ranking.logit_pearson(scores, top1, images=200) == pytest.approx(truth)
+    rising = [ranking.logit_pearson(scores, top1, images=images) for images in (10, 200, 10_000, 10**9)]
+    assert np.isfinite(rising).all()
+    with pytest.raises(InvalidScoreError, match="0 to 100"):
+        ranking.logit_pearson(scores, np.array([-0.1, 10, 20, 30]))
 
 
 @pytest.mark.parametrize(

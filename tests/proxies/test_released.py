@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from book.studies.networks import fresh_model, layer_table
-from book.studies.proxies import load_statistics
+from book.studies.proxies import load_statistics, released_statistics
 from emq_lib.proxies import handmade, released, scores
 
 CHOICES = (2, 3, 4)
@@ -23,7 +23,7 @@ def network(profile):
 
 @pytest.fixture(scope="module")
 def found(profile, data):
-    return released.measure_released(profile, data.calibration)
+    return released_statistics(profile, data.calibration)
 
 
 @pytest.fixture
@@ -94,5 +94,5 @@ def test_short_lists_leave_bits_out_and_long_ones_are_cut():
 
 
 def test_another_seed_is_another_network(profile, data, found):
-    other = released.measure_released(dataclasses.replace(profile, seed=7), data.calibration)
+    other = released_statistics(dataclasses.replace(profile, seed=7), data.calibration)
     assert not np.allclose(other.snip, found.snip, rtol=1e-3)

@@ -35,7 +35,7 @@ def test_synflow_sums_agree_across_layers_in_a_chain(activation):
     """Without biases and branches every layer's sum of W * dR/dW is R itself (Tanaka et al. 2020, theorem 1)."""
     wide = nn.Conv2d(1, 4, 3, bias=False)
     nn.init.constant_(wide.weight, 1.0)  # outputs of 9, where a ReLU6 saturates
-    chain = nn.Sequential(wide, activation(), nn.Conv2d(4, 3, 3, bias=False), nn.Flatten())
+    chain = nn.Sequential(wide, activation(), nn.Conv2d(4, 3, 3, bias=False), nn.Flatten()).eval()
     scores = saliency.synflow(chain, ["0", "2"], (1, 8, 8))
     positive = {key: value.abs().double() for key, value in chain.state_dict().items()}
     linear = nn.Sequential(chain[0], nn.Identity(), chain[2], nn.Flatten())
@@ -115,7 +115,7 @@ def test_zico_from_the_gradients_of_each_minibatch(network, data):
 
 def test_zen_of_a_linear_layer_is_the_norm_of_its_rows():
     """z is Gaussian, so a row w of the matrix answers with E|w z| = |w| sqrt(2 / pi)."""
-    layer = nn.Sequential(nn.Flatten(), nn.Linear(16, 5))
+    layer = nn.Sequential(nn.Flatten(), nn.Linear(16, 5)).eval()
     generator = torch.Generator().manual_seed(0)
     found = saliency.zen(layer, ["1"], (1, 4, 4), images=20_000, generator=generator)
     truth = (layer[1].weight.norm(dim=1) * (2 / np.pi) ** 0.5).mean().item()
