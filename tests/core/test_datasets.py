@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.models import ResNet18_Weights, resnet18
+from torchvision.models import ResNet18_Weights
 
 from book.studies import bench, checkpoints, networks
 from book.studies.bench import load_bench
@@ -127,7 +127,7 @@ def tiny_imagenet(tmp_path, monkeypatch):
                 Image.fromarray(pixels).save(folder / f"{index}.png")
     monkeypatch.setenv("EMQ_DATA_ROOT", str(tmp_path / "images"))
     monkeypatch.setenv("EMQ_STUDY_ROOT", str(tmp_path / "studies"))
-    monkeypatch.setitem(models.MODELS, "imagenet-resnet18", lambda: resnet18(num_classes=3))
+    monkeypatch.setitem(models.MODELS, "imagenet-resnet18", lambda: models.CifarResNet(8, classes=3, width=4))
     monkeypatch.setattr(checkpoints, "load_pretrained", lambda profile: networks.fresh_model(profile).eval())
     profile = get_profile("imagenet-resnet18")
     return dataclasses.replace(profile, calibration_images=8, bench_configs=2, stratified_configs=1)
@@ -142,18 +142,18 @@ def test_a_tree_of_imagenets_form_gives_a_bench(tiny_imagenet, monkeypatch):
     table = load_bench(tiny_imagenet).table
     assert len(table) == 6
     assert table["n_a"].eq(3).all()
-    assert table["bits"].map(len).eq(19).all()
+    assert table["bits"].map(len).eq(6).all()
 
 
 def test_a_broken_imagenet_tree_is_named(tiny_imagenet, tmp_path):
     root = tmp_path / "images" / "imagenet"
     with pytest.raises(DatasetNotFoundError, match="has 12 images; calibration needs 20"):
         load_dataset(dataclasses.replace(tiny_imagenet, calibration_images=20))
-    two = networks.layer_table(networks.fresh_model(tiny_imagenet), tiny_imagenet)["channels"].iloc[-1] - 1
+    more = networks.layer_table(networks.fresh_model(tiny_imagenet), tiny_imagenet)["channels"].iloc[-1] + 1
     data = load_dataset(tiny_imagenet)
     checkpoints.build_checkpoint(tiny_imagenet, data)
-    with pytest.raises(DatasetMismatchError, match="2 classes, but the checkpoint .* tells 3 apart"):
-        build_network(tiny_imagenet, dataclasses.replace(data, classes=int(two)))
+    with pytest.raises(DatasetMismatchError, match="4 classes, but the checkpoint .* tells 3 apart"):
+        build_network(tiny_imagenet, dataclasses.replace(data, classes=int(more)))
     (root / "val" / "n04").mkdir()
     with pytest.raises(DatasetNotFoundError, match="n04"):
         load_dataset(tiny_imagenet)

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from emq_lib.bench import engine
 from emq_lib.core import graphs
+from emq_lib.core.datasets import Split
 from emq_lib.core.errors import UnsupportedModelError
 from emq_lib.core.models import MODELS
 from emq_lib.core.networks import QuantizedLayer
@@ -85,16 +87,24 @@ def _layers_in_order(folded, x):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_registered_model_is_quantized_to_the_bit(name):
     model, x = registered(name)
+    generator = torch.Generator().manual_seed(4)
+    images = torch.randint(0, 256, x.shape, dtype=torch.uint8, generator=generator)
+    channels = torch.ones(x.shape[1])
+    split = Split(images, torch.tensor([0, 1]), 0.5 * channels, 0.25 * channels)
+    x = split.inputs()
     with torch.inference_mode():
         network = quantized(model, x, choices=(2, 4))
         rng = random.Random(3)
-        network.select([rng.choice((2, 4)) for _ in range(network.bank.slot_count)])
-        images = x.clone()
+        config = [rng.choice((2, 4)) for _ in range(network.bank.slot_count)]
+        network.select(config)
+        inputs = x.clone()
         truth = _truth(model, network, x)
-        assert torch.equal(network(images), truth)
-        assert torch.equal(_run(network.pieces, images)[-1], truth)
-        assert torch.equal(network(images), truth)  # the pieces share the layers of the whole
-        assert torch.equal(images, x)
+        assert torch.equal(network(inputs), truth)
+        assert torch.equal(_run(network.pieces, inputs)[-1], truth)
+        assert torch.equal(network(inputs), truth)  # the pieces share the layers of the whole
+        assert torch.equal(inputs, x)
+    ((measured,),) = engine.measure(network, split, [config])
+    assert measured.correct.tolist() == (truth.argmax(dim=1) == split.labels).tolist()
 
 
 @settings(max_examples=40, deadline=None)
