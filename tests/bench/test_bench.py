@@ -154,7 +154,9 @@ def test_the_planned_work_is_what_runs(study, profile, data):
     macs, ran = layers.set_index("name")["macs"], []
     for name, layer in network.layers.items():
         layer.register_forward_hook(lambda _layer, _inputs, _output, name=name: ran.append(macs[name]))
-    assert sum(len(block) for block in measure(network, data.test[:4], configs, batch_size=4)) == 63
+    blocks = measure(network, data.test[:4], configs, batch_size=4)
+    ran.clear()  # one image has shown that the network takes such
+    assert sum(map(len, blocks)) == 63
     fresh = fold_batchnorm(load_checkpoint(profile, study / "model.safetensors"))
     assert planned_macs(fresh, layers, configs) == sum(ran) < 63 * macs.sum()
 
@@ -215,7 +217,7 @@ def test_stratified_configurations_are_evenly_spread_in_size(study, profile):
 def test_draws_within_a_strip_of_size_are_uniform():
     """Three layers of one size: configurations of the middle size are drawn equally often."""
     cost = CostTable("size", "bytes", 0.0, np.tile([2.0, 3.0, 4.0], (3, 1)))
-    draws = [sampling.stratified_configs(cost, (2, 3, 4), 1, rng=np.random.default_rng(seed)) for seed in range(1_500)]
+    draws = [sampling.stratified_configs(cost, (2, 3, 4), 1, rng=np.random.default_rng(seed)) for seed in range(700)]
     found = np.concatenate(draws)
     assert set(found.sum(axis=1)) == {9} or found.sum(axis=1).min() >= 6
     middle = [tuple(row) for row in found if sum(row) == 9]
@@ -260,13 +262,13 @@ def test_configurations_with_one_bit_have_few_such_layers():
 
 def test_a_second_quantizer_stands_beside_the_first(own_study, profile, data, monkeypatch):
     monkeypatch.setattr(adaround, "ITERATIONS", 100)
-    few = dataclasses.replace(profile, bench_configs=30, stratified_configs=15, one_bit_configs=10)
+    few = dataclasses.replace(profile, bench_configs=30, stratified_configs=5, one_bit_configs=10)
     nearest = load_bench(profile).table
     with pytest.raises(MissingArtefactError, match="no rows of 'adaround', only of rtn"):
         load_bench(profile, quantizer="adaround")
     bench.build_bench(few, data, quantizer="adaround")
-    pd.testing.assert_frame_equal(load_bench(profile).table, nearest)
-    reconstructed = load_bench(profile, quantizer="adaround")
+    pd.testing.assert_frame_equal(load_bench(few).table, nearest)
+    reconstructed = load_bench(few, quantizer="adaround")
     both = reconstructed.table.merge(nearest, on="config_id", suffixes=("_ada", "_rtn"))
     assert len(both) > 30
     assert not set(both["key_ada"]) & set(both["key_rtn"])
@@ -309,7 +311,7 @@ def test_every_slot_has_one_name_whatever_shares_its_width():
 
 
 def test_query_finds_rows_and_names_bad_configurations(study, profile):
-    measured = load_bench("digits-resnet8")
+    measured = load_bench(profile)
     row = measured.table.iloc[11]
     assert measured.query(row["bits"])["config_id"] == row["config_id"]
     with pytest.raises(ConfigLengthError):
