@@ -39,7 +39,7 @@ _ENTRY = {  # what an entry of a manifest may hold, as far as it is read
     "device": lambda value: isinstance(value, str),
     "note": lambda value: isinstance(value, str),
     "costs": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
-    "inputs": lambda value: isinstance(value, dict),
+    "inputs": lambda value: isinstance(value, dict) and all(isinstance(each, str | None) for each in value.values()),
     "outdated": lambda value: isinstance(value, str),
 }
 

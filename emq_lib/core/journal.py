@@ -31,10 +31,8 @@ class Journal:
     def __init__(self, path: pathlib.Path, identity: Mapping[str, object]) -> None:
         self.path, self.lines = path, []
         self._head = to_json({"journal": identity})
-        content = b""
-        if path.exists():
-            with named_when_unwritable(path):
-                content = path.read_bytes()
+        with named_when_unwritable(path):
+            content = path.read_bytes() if path.exists() else b""
         self._size = content.rfind(b"\n") + 1  # of whole lines
         head, *lines = content[: self._size].split(b"\n")[:-1] or [b""]
         if self._size and head != self._head.encode():
