@@ -1,5 +1,8 @@
 """Every chapter, live on the digits from the beginning, as a reader reruns it; and what wrong parameters get."""
 
+import pathlib
+import shutil
+
 import nbformat
 import papermill
 import pytest
@@ -17,12 +20,18 @@ one_after_the_other = pytest.mark.xdist_group("chapters")
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
-    return tmp_path_factory.mktemp("book")
+    """Folder of a build, in whose kernels the study of the digits is small: see small_study.py."""
+    folder = tmp_path_factory.mktemp("book")
+    startup = folder / "ipython" / "profile_default" / "startup"
+    startup.mkdir(parents=True)
+    shutil.copy(pathlib.Path(__file__).with_name("small_study.py"), startup)
+    return folder
 
 
 def run_live(name, build, **parameters):
     """Execute a chapter that computes the digits study in a folder of its own; return its cells of code."""
-    environment = {"EMQ_STUDY_ROOT": str(build / "studies"), "EMQ_LEDGER_DIR": str(build / "ledger")}
+    places = {"EMQ_STUDY_ROOT": "studies", "EMQ_LEDGER_DIR": "ledger", "IPYTHONDIR": "ipython"}
+    environment = {variable: str(build / name) for variable, name in places.items()}
     given = {"PROFILE": "digits-resnet8", "REBUILD": True} | parameters
     notebooks.execute(name, given, build=build, environment=environment)
     notebook = nbformat.read(build / "source" / "book" / f"{name}.ipynb", as_version=4)
