@@ -6,11 +6,12 @@ import contextlib
 import copy
 import hashlib
 import io
+import math
 import multiprocessing
 import pathlib
 import pickle
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,10 +21,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from emq_lib.core.datasets import ImageData, Split
-from emq_lib.core.errors import CorruptArtefactError
+from emq_lib.core.errors import CorruptArtefactError, InvalidParameterError, TrainingDivergedError
 from emq_lib.core.files import write_bytes
 from emq_lib.core.models import predict, top1
 from emq_lib.core.profiles import TrainingRecipe
+from emq_lib.core.sources import code_hash
+
+_UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
+_UNREADABLE += (pickle.UnpicklingError,)
 
 
 class Stateful(Protocol):
@@ -38,7 +43,14 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """A trained network, the epoch it is from (counted from 1), validation top-1 by epoch, and the wall time."""
+    """What a training gives.
+
+    Attributes:
+        model: the network of the best epoch, in evaluation mode.
+        epoch: the one that it is from, counted from 1; 0: it was not trained here.
+        validation_top1: percent of the validation images, by epoch.
+        seconds: wall time.
+    """
 
     model: nn.Module
     epoch: int
@@ -67,10 +79,17 @@ def train(
             the result removes it.
 
     Raises:
-        CorruptArtefactError: the resume file is unreadable or belongs to another profile.
+        InvalidParameterError: another kind of argument, or no images.
+        CorruptArtefactError: the resume file is unreadable, or belongs to another training: other images, another
+            start, seed or recipe.
+        DiskFullError, UnwritablePathError: the resume file cannot be written.
+        TrainingDivergedError: a weight is not finite; a smaller learning rate helps.
     """
+    _check(recipe, data, generator)
     steps, model = -(-len(data.train) // recipe.batch_size), model.to(data.train.images.device)
-    identity = repr((recipe, generator.initial_seed(), data.digest, len(data.train), state_digest(model)))
+    images = [tensor for split in (data.train, data.validation) for tensor in vars(split).values()]
+    seen = tensors_digest(generator.get_state(), *images)
+    identity = repr((recipe, seen, state_digest(model), code_hash("emq_lib.core.training:train")))
     best = copy.deepcopy(model)
     optimizer = torch.optim.SGD(
         _parameter_groups(model, recipe.weight_decay), lr=recipe.max_lr, momentum=recipe.momentum, nesterov=True
@@ -81,6 +100,11 @@ def train(
 
     def epoch(history: Sequence[float]) -> float:
         train_epoch(model.train(), data.train, recipe, optimizer, schedule, loss=label_loss, generator=generator)
+        if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+            raise TrainingDivergedError(
+                f"The weights hold NaN or infinity: the training diverged. Start again with a max_lr below "
+                f"{recipe.max_lr:g}."
+            )
         found = top1(predict(model.eval(), data.validation), data.validation.labels)
         if found >= max(history, default=0.0):
             best.load_state_dict(model.state_dict())
@@ -90,6 +114,19 @@ def train(
     history, seconds = run_epochs(epoch, recipe.epochs, parts, generator=generator, identity=identity, resume=resume)
     chosen = len(history) - history[::-1].index(max(history))
     return TrainingResult(best.eval(), chosen, tuple(history), seconds)
+
+
+def _check(recipe: TrainingRecipe, data: ImageData, generator: torch.Generator) -> None:
+    """Check the arguments of :func:`train`. Raises InvalidParameterError as said there."""
+    for value, kind in ((recipe, TrainingRecipe), (data, ImageData), (generator, torch.Generator)):
+        if not isinstance(value, kind):
+            raise InvalidParameterError(f"Training needs a {kind.__name__}, got {value!r:.60}.")
+    if generator.device.type != "cpu":
+        raise InvalidParameterError(f"The generator must be on the CPU, not on {generator.device}.")
+    if not len(data.train) or not len(data.validation):
+        raise InvalidParameterError(
+            f"{len(data.train)} training and {len(data.validation)} validation images: give some."
+        )
 
 
 def run_epochs(
@@ -117,14 +154,11 @@ def run_epochs(
 
     Raises:
         CorruptArtefactError: the resume file is unreadable or belongs to another training.
+        DiskFullError, UnwritablePathError: the resume file cannot be written.
     """
     results, seconds = [], 0.0
     if resume is not None and resume.exists():
-        state = _load_resume(resume, identity, parts)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        generator.set_state(state["generator"])
-        results, seconds = state["results"], state["seconds"]
+        results, seconds = _resumed(resume, identity, epochs, parts, generator=generator)
     among_others = multiprocessing.parent_process() is not None  # whose bars would be mixed up
     for _ in tqdm(range(len(results), epochs), initial=len(results), total=epochs, desc="epochs", disable=among_others):
         started = time.perf_counter()
@@ -146,32 +180,55 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def state_digest(model: nn.Module) -> str:
-    """Return a hash of a network's parameters and buffers."""
+    """Return a hash of a network's parameters and buffers, and of their names."""
+    state = model.state_dict()
+    return hashlib.blake2b((repr(list(state)) + tensors_digest(*state.values())).encode(), digest_size=12).hexdigest()
+
+
+def tensors_digest(*tensors: torch.Tensor) -> str:
+    """Return a hash of types, shapes and values."""
     digest = hashlib.blake2b(digest_size=12)
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    for tensor in tensors:
+        digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def _load_resume(path: pathlib.Path, identity: str, parts: Iterable[str]) -> dict:
-    """Return the state of an interrupted training.
+def _resumed(
+    path: pathlib.Path,
+    identity: str,
+    epochs: int,
+    parts: Mapping[str, Stateful],
+    *,
+    generator: torch.Generator,
+) -> tuple[list[float], float]:
+    """Restore the state of an interrupted training. Returns the results of its epochs and the seconds they took.
 
     Raises:
         CorruptArtefactError: the file is unreadable, is none of a training, or belongs to another one.
     """
+    again = "Delete it to train from the start."
     try:
-        state = torch.load(io.BytesIO(path.read_bytes()), weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise CorruptArtefactError(f"{path} cannot be read ({error}). Delete it to train from the start.") from error
+        state = torch.load(io.BytesIO(path.read_bytes()), weights_only=True, map_location="cpu")
+    except _UNREADABLE as error:
+        raise CorruptArtefactError(f"{path} cannot be read ({str(error):.200}). {again}") from error
     needed = {"identity", "generator", "results", "seconds", *parts}
     if not isinstance(state, dict) or not needed <= set(state):
-        raise CorruptArtefactError(f"{path} is no state of a training. Delete it to train from the start.")
+        raise CorruptArtefactError(f"{path} is no state of a training. {again}")
     if state["identity"] != identity:
         raise CorruptArtefactError(
-            f"{path} belongs to another training: other images, another start, seed or recipe. Delete it to start "
-            "afresh."
+            f"{path} belongs to another training: other images, another start, seed or recipe. {again}"
         )
-    return state
+    try:
+        results, seconds = [float(result) for result in state["results"]], float(state["seconds"])
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        generator.set_state(state["generator"])
+    except _UNREADABLE as error:
+        raise CorruptArtefactError(f"{path} is no state of this training ({str(error):.200}). {again}") from error
+    if len(results) > epochs or not all(map(math.isfinite, (*results, seconds))):
+        raise CorruptArtefactError(f"{path} has {len(results)} results of {epochs} epochs, or no numbers. {again}")
+    return results, seconds
 
 
 def label_loss(_inputs: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

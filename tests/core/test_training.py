@@ -1,27 +1,46 @@
-"""Training: resumed equals uninterrupted, augmentation moves pixels as it says, the digits are learned."""
+"""Training: resumed equals uninterrupted, other trainings are refused, augmentation moves pixels as it says."""
 
+import copy
 import dataclasses
+import pickle
+import resource
+import signal
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from book.studies import checkpoints
-from book.studies.networks import fresh_model, load_checkpoint
-from book.studies.study import read_facts
 from emq_lib.core import training
-from emq_lib.core.datasets import Split
-from emq_lib.core.errors import CorruptArtefactError
+from emq_lib.core.datasets import ImageData, Split
+from emq_lib.core.errors import CorruptArtefactError, DiskFullError, InvalidParameterError, TrainingDivergedError
 from emq_lib.core.models import predict, top1
+from emq_lib.core.profiles import TrainingRecipe
+from tests.networks import RandomNetwork
+
+RECIPE = TrainingRecipe(epochs=3, batch_size=16, max_lr=0.05, crop_padding=1, precision="float32")
+
+
+def _data(seed=0, validation=10):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (60, 3, 10, 10), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 5, (60,), generator=generator)
+    whole = Split(images, labels, torch.full((3,), 0.5), torch.full((3,), 0.25))
+    train, held = whole[validation:], whole[:validation]
+    return ImageData(train, held, train[:8], held, digest="0" * 64, classes=5)
+
+
+def _model(seed=0):
+    return RandomNetwork([("residual", "relu in place")], seed, normalizes_in_place=False)
+
+
+def _train(model=None, recipe=RECIPE, data=None, *, seed=0, resume=None):
+    generator = torch.Generator().manual_seed(seed)
+    return training.train(model or _model(), recipe, data or _data(), generator=generator, resume=resume)
 
 
 @pytest.fixture
-def short(profile):
-    return dataclasses.replace(profile, training=dataclasses.replace(profile.training, epochs=3))
-
-
-def test_interrupted_and_resumed_gives_the_same_weights(short, data, tmp_path, monkeypatch):
-    whole = training.train(short, data)
+def interrupted(tmp_path, monkeypatch):
+    """Return the resume file of a training that was stopped in its second epoch."""
     resume, epochs, run = tmp_path / "training.resume", [], training.train_epoch
 
     def stops(*args, **kwargs):
@@ -30,25 +49,176 @@ def test_interrupted_and_resumed_gives_the_same_weights(short, data, tmp_path, m
         epochs.append(1)
         run(*args, **kwargs)
 
-    monkeypatch.setattr(training, "train_epoch", stops)
-    with pytest.raises(KeyboardInterrupt):
-        training.train(short, data, resume=resume)
-    monkeypatch.setattr(training, "train_epoch", run)
-    resumed = training.train(short, data, resume=resume)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_epoch", stops)
+        with pytest.raises(KeyboardInterrupt):
+            _train(resume=resume)
+    return resume
+
+
+def test_interrupted_and_resumed_gives_the_same_weights(interrupted):
+    whole, resumed = _train(), _train(resume=interrupted)
     assert resumed.validation_top1 == whole.validation_top1
-    assert not resume.exists()
+    assert resumed.epoch == whole.epoch
     for key, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[key]), key
 
 
-def test_a_foreign_or_damaged_resume_file_is_refused(short, data, tmp_path):
-    resume = tmp_path / "training.resume"
-    torch.save({"identity": "another"}, resume)
-    with pytest.raises(CorruptArtefactError, match="belongs to another"):
-        training.train(short, data, resume=resume)
-    resume.write_bytes(resume.read_bytes()[:100])
+def test_an_epoch_that_is_best_is_the_one_returned():
+    data = _data()
+    result = _train(data=data)
+    assert len(result.validation_top1) == RECIPE.epochs
+    assert result.validation_top1[result.epoch - 1] == max(result.validation_top1)
+    assert top1(predict(result.model, data.validation), data.validation.labels) == max(result.validation_top1)
+
+
+def _other_mean():
+    data = _data()
+    mean = torch.full((3,), 0.4)
+    return dataclasses.replace(data, train=dataclasses.replace(data.train, mean=mean))
+
+
+OTHERS = {
+    "images": {"data": _data(1)},
+    "one label": {"data": _data(validation=9)},
+    "mean": {"data": _other_mean()},
+    "start": {"model": _model(1)},
+    "network": {"model": RandomNetwork([("plain", "relu")], 0, normalizes_in_place=False)},
+    "seed": {"seed": 1},
+    **{
+        name: {"recipe": dataclasses.replace(RECIPE, **{name: value})}
+        for name, value in {
+            "epochs": 4,
+            "batch_size": 15,
+            "max_lr": 0.04,
+            "momentum": 0.8,
+            "weight_decay": 0.0,
+            "crop_padding": 2,
+            "flip": False,
+            "precision": "bfloat16",
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_another_training_does_not_go_on_from_the_file(other, interrupted):
+    before = interrupted.read_bytes()
+    with pytest.raises(CorruptArtefactError, match=r"training\.resume belongs to another training"):
+        _train(**OTHERS[other], resume=interrupted)
+    assert interrupted.read_bytes() == before
+
+
+def test_a_generator_that_has_drawn_is_another_start(interrupted):
+    generator = torch.Generator().manual_seed(0)
+    torch.rand(1, generator=generator)
+    with pytest.raises(CorruptArtefactError, match="belongs to another training"):
+        training.train(_model(), RECIPE, _data(), generator=generator, resume=interrupted)
+
+
+class _Hostile:
+    def __reduce__(self):
+        return print, ("this ran",)
+
+
+DAMAGES = {
+    "empty": lambda content: b"",
+    "text": lambda content: b"no state",
+    "cut": lambda content: content[: len(content) // 2],
+    "cut at the end": lambda content: content[:-20],
+    "pickle": lambda content: pickle.dumps(_Hostile()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_named(damage, interrupted, capsys):
+    interrupted.write_bytes(DAMAGES[damage](interrupted.read_bytes()))
+    before = interrupted.read_bytes()
+    with pytest.raises(CorruptArtefactError, match=r"training\.resume cannot be read.*Delete it"):
+        _train(resume=interrupted)
+    assert interrupted.read_bytes() == before
+    assert "this ran" not in capsys.readouterr().out
+
+
+def test_a_folder_in_its_place_is_named(tmp_path):
     with pytest.raises(CorruptArtefactError, match="cannot be read"):
-        training.train(short, data, resume=resume)
+        _train(resume=tmp_path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], None, 3, "text", {}, {"identity": "x"}, torch.zeros(3)])
+def test_a_file_of_something_else_is_named(content, interrupted):
+    torch.save(content, interrupted)
+    with pytest.raises(CorruptArtefactError, match="is no state of a training"):
+        _train(resume=interrupted)
+
+
+@pytest.mark.parametrize(
+    "key", ["identity", "generator", "results", "seconds", "model", "best", "optimizer", "schedule"]
+)
+def test_a_missing_part_is_named(key, interrupted):
+    state = torch.load(interrupted, weights_only=True)
+    del state[key]
+    torch.save(state, interrupted)
+    with pytest.raises(CorruptArtefactError, match="is no state of a training"):
+        _train(resume=interrupted)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("generator", torch.zeros(3)), ("generator", None), ("model", {}), ("model", None), ("best", {"x": 3})]
+    + [("optimizer", {}), ("optimizer", [1]), ("schedule", None), ("results", 3), ("results", ["text"])]
+    + [("results", [1.0] * 9), ("results", [float("nan")]), ("seconds", "long"), ("seconds", None)]
+    + [("seconds", float("inf"))],
+)
+def test_a_part_of_another_kind_is_named(key, value, interrupted):
+    state = torch.load(interrupted, weights_only=True)
+    torch.save(state | {key: value}, interrupted)
+    with pytest.raises(CorruptArtefactError, match=r"training\.resume"):
+        _train(resume=interrupted)
+
+
+def test_a_full_disk_is_named_and_the_last_epoch_kept(interrupted):
+    before, limits = interrupted.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(DiskFullError, match=r"training\.resume"):
+            _train(resume=interrupted)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert interrupted.read_bytes() == before
+    assert list(interrupted.parent.iterdir()) == [interrupted]
+    assert len(_train(resume=interrupted).validation_top1) == RECIPE.epochs
+
+
+def test_a_training_that_runs_away_is_named():
+    with pytest.raises(TrainingDivergedError, match="max_lr below 1e"):
+        _train(recipe=dataclasses.replace(RECIPE, max_lr=1e30))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"recipe": None}, {"recipe": {"epochs": 3}}, {"data": _data().train}, {"data": None}, {"generator": None}]
+    + [{"generator": 0}, {"generator": np.random.default_rng(0)}, {"data": _data(validation=0)}]
+    + [{"data": _data(validation=60)}],
+)
+def test_what_cannot_be_trained_with_is_refused(wrong):
+    model = _model()
+    before = copy.deepcopy(model.state_dict())
+    given = {"recipe": RECIPE, "data": _data(), "generator": torch.Generator()} | wrong
+    generator = given.pop("generator")
+    with pytest.raises(InvalidParameterError):
+        training.train(model, **given, generator=generator)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_training_writes_neither_to_images_nor_to_the_recipe():
+    data = _data()
+    before = copy.deepcopy(data)
+    _train(RandomNetwork([("plain", "relu in place")], 0, normalizes_in_place=True), data=data)
+    for split in ("train", "validation"):
+        assert torch.equal(getattr(data, split).images, getattr(before, split).images)
 
 
 def test_augmentation_shifts_mirrors_and_pads_with_zeros():
@@ -62,31 +232,3 @@ def test_augmentation_shifts_mirrors_and_pads_with_zeros():
     assert found <= allowed
     assert len(found) > 9
     assert torch.equal(out.labels, split.labels)
-
-
-def test_the_same_training_gives_the_same_file(short, data, tmp_path, monkeypatch):
-    contents = []
-    for name in ("first", "second"):
-        monkeypatch.setenv("EMQ_STUDY_ROOT", str(tmp_path / name))
-        checkpoints.build_checkpoint(short, data)
-        contents.append((tmp_path / name / short.name / "model.safetensors").read_bytes())
-    assert contents[0] == contents[1]
-
-
-def test_the_digits_are_learned_and_the_card_says_so(study, profile):
-    facts = read_facts(profile, "model.safetensors")
-    assert facts["top1"] > 95
-    history = facts["validation_top1"]
-    assert history[facts["epoch"] - 1] == max(history)
-
-
-@pytest.mark.parametrize(("limit", "dtype"), [(0.05, torch.float16), (-100, torch.float32)])
-def test_half_precision_is_stored_where_it_costs_little(profile, data, tmp_path, monkeypatch, limit, dtype):
-    monkeypatch.setenv("EMQ_STUDY_ROOT", str(tmp_path))
-    monkeypatch.setattr(checkpoints, "HALF_PRECISION_COST", limit)
-    model = fresh_model(profile).eval()
-    checkpoints.store_checkpoint(profile, training.TrainingResult(model, 1, (10.0,), 0.0), data)
-    path = tmp_path / profile.name / "model.safetensors"
-    assert load_file(path)["conv1.weight"].dtype == dtype
-    stored = load_checkpoint(profile, path)
-    assert read_facts(profile, path.name)["top1"] == top1(predict(stored, data.test), data.test.labels)
