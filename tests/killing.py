@@ -1,11 +1,13 @@
-"""Runs that are killed: a job in a process of its own, ended with SIGKILL at a step of its files or after a time.
+"""Runs that are killed, or find no room: a job in a process of its own, and what the next run makes of the remains.
 
 A job is a function at the top of a test module (or a `functools.partial` of one) that writes into the study's folder.
-:func:`check_kills` kills it again and again on copies of a folder and compares what the next run makes of the remains.
+:func:`check_kills` kills it again and again on copies of a folder, :func:`check_full_disks` fills its disk.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import io
 import json
@@ -13,16 +15,20 @@ import multiprocessing
 import os
 import pathlib
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
+from filelock import FileLock
+
+from emq_lib.core.files import read_manifest, vouched_path
 
 KILLS = int(os.environ.get("EMQ_KILLS", "12"))  # of every job, half of them at steps; 200 for the whole measurement
 PATIENCE = 20  # seconds that what a killed process started may take to end
@@ -34,28 +40,46 @@ _HEAVY = ("torch._dynamo", "book.studies.bench", "book.studies.proxies", "book.s
 
 @dataclass(frozen=True)
 class Run:
-    """How a run ended: killed or by itself, after how many seconds and how many steps (known if it ended by itself)."""
+    """How a run ended.
+
+    Attributes:
+        killed: or by itself.
+        seconds: after how long.
+        steps: what it did to files, unless it was killed.
+        error: type and message of the error that ended it; empty if none did.
+    """
 
     killed: bool
     seconds: float
     steps: int = 0
+    error: str = ""
 
 
-def run(job: Callable[[], object], root: pathlib.Path, *, step: int | None = None, after: float | None = None) -> Run:
-    """Run a job with ``EMQ_STUDY_ROOT=root`` in a process of its own, and kill it.
+def run(
+    job: Callable[[], object],
+    root: pathlib.Path,
+    *,
+    step: int | None = None,
+    fail: int | None = None,
+    after: float | None = None,
+    room: int | None = None,
+) -> Run:
+    """Run a job with ``EMQ_STUDY_ROOT=root`` in a process of its own, and kill it or let it fail.
 
     Args:
         job: what it does.
         root: the folder of studies.
         step: kill it just before this step, counted from 0. A step opens a file under `root` for writing, renames,
             removes or truncates one.
+        fail: do not kill it there, but let this step and later ones that open or rename fail with this error number.
         after: kill it after so many seconds.
+        room: let no file grow beyond so many bytes.
 
     Raises:
-        AssertionError: the job raised an error, or something that it started is still running after 20 seconds.
+        AssertionError: something that it started is still running after 20 seconds, or it ended in an odd way.
     """
     receiver, sender = _server().Pipe(duplex=False)
-    process = _server().Process(target=_child, args=(job, str(root), step, sender))
+    process = _server().Process(target=_child, args=(job, str(root), (step, fail, room), sender))
     process.start()
     sender.close()
     receiver.recv()  # it is ready
@@ -71,8 +95,7 @@ def run(job: Callable[[], object], root: pathlib.Path, *, step: int | None = Non
     except EOFError:
         assert process.exitcode == -signal.SIGKILL, f"it ended with {process.exitcode}"
         return Run(True, seconds)
-    assert isinstance(result, int), result
-    return Run(False, seconds, result)
+    return Run(False, seconds, *result)
 
 
 @functools.cache
@@ -83,28 +106,39 @@ def _server() -> multiprocessing.context.BaseContext:
     return context
 
 
-def _child(job: Callable[[], object], root: str, step: int | None, sender: multiprocessing.connection.Connection):
+def _child(
+    job: Callable[[], object],
+    root: str,
+    trouble: tuple[int | None, int | None, int | None],
+    sender: multiprocessing.connection.Connection,
+) -> None:
     os.setpgid(0, 0)
     os.environ["EMQ_STUDY_ROOT"] = root
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-    steps = 0
+    (step, fail, room), steps = trouble, 0
 
     def count(event: str, details: tuple) -> None:
         nonlocal steps
         writes = event in _STEPS or (event == "open" and (details[2] or 0) & _WRITES)
-        if writes and isinstance(details[0], str | os.PathLike) and os.fspath(details[0]).startswith(root):
-            if steps == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-            steps += 1
+        if not (writes and isinstance(details[0], str | os.PathLike) and os.fspath(details[0]).startswith(root)):
+            return
+        if steps == step and fail is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        steps += 1
+        if fail is not None and steps > step and event in ("open", "os.rename") and not details[0].endswith(".lock"):
+            raise OSError(fail, os.strerror(fail), os.fspath(details[0]))
 
     sys.addaudithook(count)
+    if room is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
     sender.send("ready")
     try:
         job()
-    except BaseException:
-        sender.send(traceback.format_exc())
+    except BaseException as error:
+        traceback.print_exc()
+        sender.send((steps, f"{type(error).__name__}: {error}"))
     else:
-        sender.send(steps)
+        sender.send((steps, ""))
 
 
 def _check_nothing_runs(group: int) -> None:
@@ -142,18 +176,79 @@ def check_kills(
     Returns:
         the undisturbed run.
     """
-    calm = run(job, shutil.copytree(start, scratch / "calm"))
-    truth = contents(scratch / "calm")
+    calm, truth = _undisturbed(job, start, scratch)
     for number, blows in enumerate(_blows(calm, kills, random.Random(seed))):
         root = shutil.copytree(start, scratch / str(number))
         for blow in blows:
-            run(job, root, **blow)
-        run(job, root)
-        found = contents(root)
-        assert found.keys() == truth.keys(), (blows, found.keys() ^ truth.keys())
-        assert [name for name in truth if found[name] != truth[name]] == [], blows
-        shutil.rmtree(root)
+            assert not run(job, root, **blow).error, blow
+        _check_finishes(job, root, truth)
     return calm
+
+
+def check_full_disks(
+    job: Callable[[], object], start: pathlib.Path, scratch: pathlib.Path, *, steps: int = KILLS, rooms: Sequence[int]
+) -> None:
+    """Let a job find no room, from one of its steps on or for files beyond a size; then it must end as if it had.
+
+    It ends with DiskFullError, leaves no temporary file and no file that the manifest does not vouch for.
+
+    Args:
+        job: what it does, resumably.
+        start: a folder of studies to start from, which stays as it is.
+        scratch: an empty folder.
+        steps: at how many steps, evenly spread.
+        rooms: sizes in bytes, each below that of a file that the job writes.
+    """
+    calm, truth = _undisturbed(job, start, scratch)
+    troubles = [{"step": number * calm.steps // steps, "fail": errno.ENOSPC} for number in range(steps)]
+    for number, trouble in enumerate([*troubles, *({"room": room} for room in rooms)]):
+        root = shutil.copytree(start, scratch / str(number))
+        found = run(job, root, **trouble)
+        assert found.error.startswith("DiskFullError: No room to write"), (trouble, found)
+        for folder in root.iterdir():
+            for filename in read_manifest(folder):
+                vouched_path(folder, filename)
+            assert not list(folder.glob(".*.tmp")), trouble
+        _check_finishes(job, root, truth)
+
+
+def _undisturbed(
+    job: Callable[[], object], start: pathlib.Path, scratch: pathlib.Path
+) -> tuple[Run, dict[str, object]]:
+    """Return how a job ends that nothing disturbs, and the contents of its folder then."""
+    calm = run(job, shutil.copytree(start, scratch / "calm"))
+    assert not calm.error, calm
+    return calm, contents(scratch / "calm")
+
+
+def _check_finishes(job: Callable[[], object], root: pathlib.Path, truth: dict[str, object]) -> None:
+    """Check that a job finishes what is left in a folder, and that the folder then holds what it should."""
+    last = run(job, root)
+    assert not last.error, last
+    found = contents(root)
+    assert found.keys() == truth.keys(), found.keys() ^ truth.keys()
+    assert [name for name in truth if found[name] != truth[name]] == []
+    shutil.rmtree(root)
+
+
+@contextlib.contextmanager
+def held(folder: pathlib.Path) -> Iterator[None]:
+    """Let another process write a study inside the block: it holds the lock of the study's folder."""
+    started, ended = _server().Event(), _server().Event()
+    process = _server().Process(target=_hold, args=(str(folder / ".lock"), started, ended))
+    process.start()
+    try:
+        assert started.wait(60)
+        yield
+    finally:
+        ended.set()
+        process.join()
+
+
+def _hold(lock: str, started: multiprocessing.synchronize.Event, ended: multiprocessing.synchronize.Event) -> None:
+    with FileLock(lock):
+        started.set()
+        ended.wait()
 
 
 def _blows(calm: Run, kills: int, rng: random.Random) -> Iterator[list[dict[str, float]]]:

@@ -68,7 +68,7 @@ def measure(
 
     Raises:
         InvalidParameterError: a batch size below 1; no configurations, or one of them twice; no images, or such as the
-            network does not take; labels outside its classes; a mean or a deviation that is none.
+            network does not take; labels outside its classes.
         ConfigLengthError, InvalidBitsError: see :func:`emq_lib.core.costs.choice_indices`.
         UnsupportedModelError: a configuration gives logits that are NaN or infinite; raised while iterating.
     """
@@ -215,25 +215,10 @@ def check_images(network: QuantizedNetwork, split: Split) -> int:
         bytes of a layer's largest output for one image.
 
     Raises:
-        InvalidParameterError: no images, or such as the network does not take; labels outside its classes; a mean or a
-            deviation that is none.
+        InvalidParameterError: no images, or such as the network does not take; labels outside its classes.
     """
-    shape, labels = tuple(split.images.shape), split.labels
-    if split.images.dtype != torch.uint8 or len(shape) != 4 or 0 in shape:
-        raise InvalidParameterError(
-            f"images must be uint8, (N, C, H, W), at least one; got {split.images.dtype} {shape}."
-        )
-    if labels.dtype != torch.int64 or labels.shape != shape[:1]:
-        raise InvalidParameterError(
-            f"labels must be int64, one per image; got {labels.dtype}, {tuple(labels.shape)} for {shape[0]} images."
-        )
-    for name, least in (("mean", -torch.inf), ("std", 0.0)):
-        values = getattr(split, name)
-        if values.shape != shape[1:2] or not ((values > least) & values.isfinite()).all():
-            above = "positive and finite" if name == "std" else "finite"
-            raise InvalidParameterError(
-                f"the {name} of the images must be {above}, one per channel; got {values.tolist()} for {shape[1]}."
-            )
+    if not len(split):
+        raise InvalidParameterError("there are no images to measure on.")
     sizes = []
     handles = [
         layer.register_forward_hook(lambda _layer, _inputs, output: sizes.append(output.nbytes))
@@ -242,16 +227,16 @@ def check_images(network: QuantizedNetwork, split: Split) -> int:
     try:
         logits = network(split[:1].inputs())
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-        raise InvalidParameterError(
-            f"the network does not take images of shape {shape[1:]}: {str(error):.200}"
-        ) from error
+        shape = tuple(split.images.shape[1:])
+        raise InvalidParameterError(f"the network does not take images of shape {shape}: {str(error):.200}") from error
     finally:
         for handle in handles:
             handle.remove()
-    if logits.ndim != 2 or not 0 <= labels.min() <= labels.max() < logits.shape[1]:
+    low, high = int(split.labels.min()), int(split.labels.max())
+    if logits.ndim != 2 or low < 0 or high >= logits.shape[1]:
         raise InvalidParameterError(
-            f"labels must lie in 0 to {logits.shape[-1] - 1}, the network's classes; they lie in "
-            f"{int(labels.min())} to {int(labels.max())}."
+            f"labels must be classes of the network, whose output for one image has shape {tuple(logits.shape)}; they "
+            f"lie in {low} to {high}."
         )
     return max(sizes)
 

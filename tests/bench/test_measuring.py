@@ -1,101 +1,67 @@
-"""Long measurements: killed and resumed, on two processes, on a full disk, and two at once."""
+"""Long measurements: a lost worker, two runs at once, a full disk."""
 
 import dataclasses
 import os
 import resource
 import signal
-import subprocess
-import sys
-import textwrap
+import threading
 import time
 
 import pytest
+from killing import held
 
-from book.places import REPOSITORY
-from book.studies import bench
+from book.studies import bench, checkpoints, checks
 from book.studies.bench import load_bench
 from book.studies.rows import PARTIAL, PartialRows
+from emq_lib.bench import engine
 from emq_lib.core.errors import DiskFullError, StudyBusyError
 from emq_lib.core.files import atomic_path, sha256
 
-RUN = """
-    import dataclasses
-    from book.studies import bench
-    from book.studies.images import load_dataset
-    from emq_lib.bench import engine
-    from emq_lib.core.profiles import get_profile
-    engine.BLOCK = 4
-    profile = get_profile("digits-resnet8")
-    profile = dataclasses.replace(
-        profile, training=dataclasses.replace(profile.training, epochs=5), bench_configs=60, stratified_configs=30
-    )
-    bench.build_bench(profile, load_dataset(profile), scheduler={scheduler!r})
-"""
-
-
-def _start(study, scheduler=None):
-    environment = os.environ | {"EMQ_STUDY_ROOT": str(study.parent)}
-    code = textwrap.dedent(RUN).format(scheduler=scheduler)
-    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], env=environment, cwd=REPOSITORY)
-
 
 @pytest.fixture
-def small(profile):
-    return dataclasses.replace(profile, bench_configs=60, stratified_configs=30)
+def small(profile, monkeypatch):
+    monkeypatch.setattr(engine, "BLOCK", 4)
+    return dataclasses.replace(profile, bench_configs=20, stratified_configs=5, bench_images=100)
 
 
-@pytest.fixture
-def whole(own_study, small, data):
-    """Build the small bench in this process, remove it, and return its hash."""
-    path = own_study / "bench.parquet"
-    path.unlink()
-    bench.build_bench(small, data)
-    digest = sha256(path)
-    path.unlink()
-    return digest
-
-
-def _wait_for_lines(path, count, process):
-    while not path.exists() or path.read_text().count("\n") < count:
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.01)
-
-
-def test_killed_outright_and_resumed_ends_with_the_same_bytes(own_study, small, data, whole):
-    partial = own_study / PARTIAL
-    process = _start(own_study)
-    _wait_for_lines(partial, 3, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (own_study / "bench.parquet").exists()
-    done = len(PartialRows(partial).read())
-    assert done >= 12
-    partial.write_text(partial.read_text() + '{"rows": {"0123": {"top1": 12')  # as if it had died while writing
-    bench.build_bench(small, data)
-    assert sha256(own_study / "bench.parquet") == whole
-    assert not partial.exists()
-
-
-def test_a_lost_worker_costs_only_its_unfinished_rows(own_study, small, whole):
+def test_a_lost_worker_costs_only_its_unfinished_rows(own_study, small, data):
     distributed = pytest.importorskip("distributed")
-    partial = own_study / PARTIAL
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
-        process = _start(own_study, cluster.scheduler_address)
-        _wait_for_lines(partial, 3, process)
-        before = PartialRows(partial).read()
+    path, before = own_study / "bench.parquet", {}
+    path.unlink()
+    bench.build_bench(small, data)
+    whole = sha256(path)
+    path.unlink()
+
+    def kill_a_worker(cluster):
+        while not before:
+            time.sleep(0.01)
+            if (own_study / PARTIAL).exists() and len(found := PartialRows(own_study / PARTIAL).read()) >= 8:
+                before.update(found)
         os.kill(cluster.workers[0].pid, signal.SIGKILL)
-        assert process.wait(timeout=120) == 0
-    assert sha256(own_study / "bench.parquet") == whole
+
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        thread = threading.Thread(target=kill_a_worker, args=(cluster,), daemon=True)
+        thread.start()
+        bench.build_bench(small, data, scheduler=cluster.scheduler_address)
+        thread.join(timeout=5)
+    assert sha256(path) == whole
     table = load_bench(small).table.set_index("key")
+    assert before
     assert all(table.loc[key, "loss"] == row["loss"] for key, row in before.items())
 
 
-def test_two_runs_cannot_write_one_study(own_study, small, data, whole):
-    process = _start(own_study)
-    _wait_for_lines(own_study / PARTIAL, 1, process)
-    with pytest.raises(StudyBusyError, match="Another run is writing the study"):
-        bench.build_bench(small, data)
-    assert process.wait(timeout=120) == 0
+def test_two_runs_cannot_write_one_study_and_readers_do_not_mind(own_study, profile, data):
+    before = {path.name: path.read_bytes() for path in own_study.iterdir()}
+    with held(own_study):
+        started = time.perf_counter()
+        for build in (checkpoints.build_checkpoint, bench.build_bench, checks.build_checks):
+            with pytest.raises(StudyBusyError, match="Another run is writing the study"):
+                build(profile, data)
+        assert time.perf_counter() - started < 5
+        assert len(load_bench(profile)) == 103
+        assert len(bench.load_layers(profile)) == 8
+    assert {path.name: path.read_bytes() for path in own_study.iterdir()} == before
+    bench.build_bench(profile, data)  # once the other has ended
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A bench whose measurement is killed, again and again, is the bench of an undisturbed run."""
+"""A bench whose measurement is killed, or finds no room, again and again, is the bench of an undisturbed run."""
 
 import dataclasses
 import functools
@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from killing import check_kills
+from killing import check_full_disks, check_kills
 
 from book.studies.bench import build_bench
 from book.studies.files import MODEL
@@ -50,3 +50,8 @@ def test_a_killed_extension_is_finished_by_the_same_call(trained, tmp_path, few,
     assert (study_folder(few) / "bench.parquet").is_file()
     calm = check_kills(functools.partial(measure_in_small_blocks, few), trained, tmp_path)
     assert calm.steps > 10
+
+
+@pytest.mark.slow
+def test_a_bench_that_finds_no_room_is_finished_once_there_is(trained, tmp_path, few):
+    check_full_disks(functools.partial(measure_in_small_blocks, few), trained, tmp_path, rooms=(0, 2_000))
