@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 from torch import nn
 
+from emq_lib.core.checks import bit_choices
 from emq_lib.core.costs import choice_indices
+from emq_lib.core.errors import ConfigLengthError, UnsupportedModelError
 from emq_lib.core.quantizers import QuantizedWeight, quantize
 
 
@@ -39,7 +42,12 @@ class WeightBank:
 
         Args:
             weights: layer name -> quantized weight, in forward order.
+
+        Raises:
+            UnsupportedModelError: there is none.
         """
+        if not weights:
+            raise UnsupportedModelError("A bank of no weights: the network has no layer to quantize.")
         choices = tuple(sorted({weight.bits for weight in weights.values()}))
         entries = {(name, weight.bits): weight for name, weight in weights.items()}
         return cls(choices, tuple(weights), tuple(range(len(weights))), (), entries)
@@ -53,10 +61,13 @@ class WeightBank:
         """Return layer name -> bits for one configuration, pinned layers included.
 
         Raises:
-            ConfigLengthError: the configuration does not have S entries.
+            ConfigLengthError: the configuration does not have S entries, or there are several.
             InvalidBitsError: a width is not among the choices.
         """
-        choice_indices(config, self.choices, self.slot_count)
+        if len(choice_indices(config, self.choices, self.slot_count)) != 1 or np.ndim(config) != 1:
+            raise ConfigLengthError(
+                f"A bank gives one configuration at a time; got an array of shape {np.shape(config)}."
+            )
         return {name: int(config[slot]) for name, slot in zip(self.searchable, self.slots, strict=True)} | dict(
             self.pinned
         )
@@ -77,11 +88,19 @@ def build_weight_bank(model: nn.Module, layers: pd.DataFrame, choices: Sequence[
         model: network with folded batch norm.
         layers: its layer table.
         choices: the B allowed widths.
+
+    Raises:
+        InvalidBitsError: choices that do not increase, or a width outside 1 to 8.
+        UnsupportedModelError: the network has no such layer, or its weight holds NaN or infinity; it is named.
     """
-    modules = dict(model.named_modules())
+    modules, choices = dict(model.named_modules()), bit_choices(choices)
+    if odd := [name for name in layers["name"] if not isinstance(modules.get(name), nn.Conv2d | nn.Linear)]:
+        raise UnsupportedModelError(f"The network has no layers {odd}: the layer table is of another network.")
+    if odd := [name for name in layers["name"] if not modules[name].weight.isfinite().all()]:
+        raise UnsupportedModelError(f"The weights of {odd} hold NaN or infinity, which no grid has.")
     free = layers[layers["searchable"]]
     searchable, slots = tuple(free["name"]), tuple(map(int, free["slot"]))
     pinned = tuple((layer.name, int(layer.pinned_bits)) for layer in layers[~layers["searchable"]].itertuples())
     wanted = [*((name, bits) for name in searchable for bits in choices), *pinned]
     weights = {(name, bits): quantize(modules[name].weight, bits) for name, bits in wanted}
-    return WeightBank(tuple(choices), searchable, slots, pinned, weights)
+    return WeightBank(choices, searchable, slots, pinned, weights)

@@ -202,8 +202,19 @@ def _piece(model: torch.fx.GraphModule, nodes: Sequence[torch.fx.Node]) -> torch
 
 @contextlib.contextmanager
 def pre_hooks(model: nn.Module, hooks: Mapping[str, Callable]) -> Iterator[None]:
-    """Register forward pre-hooks by layer name for the duration of the block."""
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook) for name, hook in hooks.items()]
+    """Register forward pre-hooks by layer name for the duration of the block.
+
+    Args:
+        model: the network.
+        hooks: layer name -> function of the layer and its inputs.
+
+    Raises:
+        UnsupportedModelError: the network has no layer of a name.
+    """
+    modules = dict(model.named_modules())
+    if unknown := sorted(set(hooks) - set(modules)):
+        raise UnsupportedModelError(f"The network has no layers {unknown}: the layer table is of another network.")
+    handles = [modules[name].register_forward_pre_hook(hook) for name, hook in hooks.items()]
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from emq_lib.core.checks import whole_number
 from emq_lib.core.datasets import Split
 from emq_lib.core.errors import CorruptArtefactError, InvalidParameterError
 
@@ -172,13 +173,30 @@ def register_model(name: str, build: Callable[[], nn.Module]) -> None:
     Args:
         name: what a profile's `model` says.
         build: returns the network with fresh weights. `torch.fx` must be able to trace it.
+
+    Raises:
+        InvalidParameterError: a name that is no text, or nothing to call.
     """
+    if not (isinstance(name, str) and name and callable(build)):
+        raise InvalidParameterError(f"register_model(name, function) takes a text and a function; got {name!r:.60}.")
     MODELS[name] = build
 
 
 @torch.inference_mode()
 def predict(model: nn.Module, split: Split, *, batch_size: int = 250) -> torch.Tensor:
-    """Return float32 logits (N, classes) of every image of a split, in its order."""
+    """Return float32 logits (N, classes) of every image of a split, in its order.
+
+    Args:
+        model: the network.
+        split: the images.
+        batch_size: images per forward pass.
+
+    Raises:
+        InvalidParameterError: no images, or a batch size that is no whole number from 1.
+    """
+    batch_size = whole_number(batch_size, "batch_size", 1)
+    if not len(split):
+        raise InvalidParameterError("There are no images to predict.")
     starts = range(0, len(split), batch_size)
     return torch.cat([model(split[start : start + batch_size].inputs()).float() for start in starts])
 
@@ -186,9 +204,20 @@ def predict(model: nn.Module, split: Split, *, batch_size: int = 250) -> torch.T
 def top1(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """Return the top-1 accuracy in percent, 0 to 100.
 
+    Args:
+        logits: shape (N, classes).
+        labels: int64, shape (N,).
+
+    Raises:
+        InvalidParameterError: no images, or logits and labels of different numbers.
+
     >>> top1(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]))
     50.0
     """
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
+        raise InvalidParameterError(
+            f"top-1 takes logits (N, classes) and labels (N,); got {tuple(logits.shape)} and {tuple(labels.shape)}."
+        )
     return 100 * (logits.argmax(dim=1) == labels).double().mean().item()
 
 
@@ -200,10 +229,11 @@ def build_model(name: str, *, seed: int) -> nn.Module:
         seed: of the weights; PyTorch's own stream is left as it was.
 
     Raises:
-        InvalidParameterError: no such network.
+        InvalidParameterError: no such network, or a seed that is no whole number from 0.
     """
-    if name not in MODELS:
-        raise InvalidParameterError(f"unknown model {name!r}; known models: {', '.join(sorted(MODELS))}.")
+    seed = whole_number(seed, "seed", 0)
+    if not isinstance(name, str) or name not in MODELS:
+        raise InvalidParameterError(f"unknown model {name!r:.60}; known models: {', '.join(sorted(MODELS))}.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return MODELS[name]().to(memory_format=torch.channels_last)
@@ -212,15 +242,22 @@ def build_model(name: str, *, seed: int) -> nn.Module:
 def load_weights(model: nn.Module, path: pathlib.Path) -> nn.Module:
     """Fill a network from a safetensors file, put it into evaluation mode, and return it.
 
+    Args:
+        model: the network; it is changed.
+        path: the file.
+
     Raises:
-        CorruptArtefactError: the file is truncated, or holds other tensors than the network's.
+        CorruptArtefactError: the file is truncated, or holds other tensors than the network's, or NaN or infinity.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
-        model.load_state_dict(load(path.read_bytes()))
-    except (SafetensorError, RuntimeError, OSError) as error:
+        found = load(path.read_bytes())
+        if odd := [name for name, tensor in found.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"{odd[0]} holds NaN or infinity")
+        model.load_state_dict(found)
+    except (SafetensorError, RuntimeError, OSError, ValueError) as error:
         raise CorruptArtefactError(
             f"{path} is not a checkpoint of {type(model).__name__} ({error}). Restore it, or train again."
         ) from error

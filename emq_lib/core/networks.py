@@ -128,6 +128,9 @@ class QuantizedNetwork(nn.Module):
         model: network with folded batch norm; its layers are replaced and it must not be used otherwise.
         bank: its weight bank.
         activation_ranges: layer name -> range of its input.
+
+    Raises:
+        UnsupportedModelError: a layer that is in one of network, bank and ranges only, or is quantized already.
     """
 
     def __init__(
@@ -136,6 +139,11 @@ class QuantizedNetwork(nn.Module):
         super().__init__()
         self.model, self.bank, self.activation_ranges = model.eval().requires_grad_(False), bank, activation_ranges
         self.layers: dict[str, QuantizedLayer] = {}
+        modules, held = dict(model.named_modules()), {name for name, _ in bank.weights}
+        if odd := sorted(held ^ set(activation_ranges)):
+            raise UnsupportedModelError(f"Layers {odd} have either a quantized weight or a range, but need both.")
+        if odd := [name for name in activation_ranges if not isinstance(modules.get(name), nn.Conv2d | nn.Linear)]:
+            raise UnsupportedModelError(f"The network has no float layers {odd}: the bank is of another network.")
         for name, activation_range in activation_ranges.items():
             weights = {bits: weight for (layer, bits), weight in bank.weights.items() if layer == name}
             self.layers[name] = QuantizedLayer(model.get_submodule(name), weights, activation_range)

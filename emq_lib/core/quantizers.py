@@ -12,8 +12,9 @@ import pandas as pd
 import torch
 from torch import nn
 
+from emq_lib.core.checks import bit_width, real_number, whole_number
 from emq_lib.core.datasets import Split
-from emq_lib.core.errors import InvalidBitsError, UnsupportedModelError
+from emq_lib.core.errors import InvalidParameterError, UnsupportedModelError
 from emq_lib.core.graphs import pre_hooks
 from emq_lib.core.models import predict
 
@@ -35,10 +36,14 @@ def choose_qparams(weight: torch.Tensor, bits: int, *, shrinks: int = SHRINKS) -
         scale: float32, shape (C_out,); zero point: uint8, shape (C_out,).
 
     Raises:
-        InvalidBitsError: a width outside 1 to 8.
+        InvalidBitsError: a width that is no whole number from 1 to 8.
+        UnsupportedModelError: a weight that is no float tensor with an axis of output channels, or not finite.
     """
-    if not 1 <= bits <= 8:
-        raise InvalidBitsError(f"bits must lie in 1 to 8, got {bits}.")
+    bits, shrinks = bit_width(bits, "bits"), whole_number(shrinks, "shrinks", 1)
+    if not isinstance(weight, torch.Tensor) or weight.ndim < 2 or not weight.is_floating_point() or not weight.numel():
+        raise UnsupportedModelError(f"A weight is a float tensor of shape (C_out, ...); got {weight!r:.60}.")
+    if not weight.isfinite().all():
+        raise UnsupportedModelError("A weight holds NaN or infinity, which no grid has. Train the network again.")
     flat = weight.detach().flatten(1).float()
     low, high = flat.amin(dim=1).clamp(max=0), flat.amax(dim=1).clamp(min=0)
     best_error = torch.full_like(low, torch.inf)
@@ -95,6 +100,13 @@ class QuantizedWeight:
 def quantize(weight: torch.Tensor, bits: int) -> QuantizedWeight:
     """Round a weight to nearest at `bits` bits per weight, with the range of :func:`choose_qparams`.
 
+    Args:
+        weight: float tensor of shape (C_out, ...).
+        bits: bit width, 1 to 8.
+
+    Raises:
+        InvalidBitsError, UnsupportedModelError: see :func:`choose_qparams`.
+
     >>> quantize(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), bits=2).dequantize()
     tensor([[0., 1., 2., 3.]])
     """
@@ -105,17 +117,33 @@ def quantize(weight: torch.Tensor, bits: int) -> QuantizedWeight:
 
 
 def fake_quantize(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return the weight after quantizing and dequantizing it."""
+    """Return the weight, float32, after quantizing and dequantizing it: see :func:`quantize`."""
     return quantize(weight, bits).dequantize()
 
 
 @dataclass(frozen=True)
 class ActivationRange:
-    """Affine quantization of one layer's input: one scale and one zero point for the whole tensor."""
+    """Affine quantization of one layer's input: one scale and one zero point for the whole tensor.
+
+    Attributes:
+        scale: distance of two levels, positive.
+        zero_point: code of zero, 0 to 2^bits - 1.
+        bits: bit width, 1 to 8.
+
+    Raises:
+        InvalidBitsError, InvalidParameterError: a value outside what is said above.
+    """
 
     scale: float
     zero_point: int
     bits: int
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        bits = bit_width(self.bits, "bits")
+        real_number(self.scale, "a scale", 0)
+        if whole_number(self.zero_point, "a zero point", 0) > 2**bits - 1:
+            raise InvalidParameterError(f"a zero point lies in 0 to {2**bits - 1}, got {self.zero_point}.")
 
     def integers(self, x: torch.Tensor, *, in_place: bool = False) -> torch.Tensor:
         """Return codes - zero point of `x`: whole numbers as float32, in the shape of `x` (or in its memory)."""
@@ -137,12 +165,22 @@ def choose_activation_ranges(
 ) -> dict[str, ActivationRange]:
     """Choose each layer's input range: the smallest and the largest value seen on the calibration images.
 
+    Args:
+        model: the float network.
+        layers: its layer table.
+        calibration: the calibration images.
+        bits: width of every layer's input, 1 to 8.
+        batch_size: images per forward pass.
+
     Returns:
         layer name -> range.
 
     Raises:
-        UnsupportedModelError: a layer sees a NaN or an infinity; the message names it.
+        InvalidBitsError: a width that is no whole number from 1 to 8.
+        InvalidParameterError: no images, or a batch size that is none.
+        UnsupportedModelError: a layer sees a NaN or an infinity, does not run, or is not there; the message names it.
     """
+    bits = bit_width(bits, "activation_bits")
     lows, highs = {}, {}
 
     def watch(name: str):
@@ -157,6 +195,8 @@ def choose_activation_ranges(
 
     with pre_hooks(model, {name: watch(name) for name in layers["name"]}):
         predict(model, calibration, batch_size=batch_size)
+    if idle := [name for name in layers["name"] if name not in lows]:
+        raise UnsupportedModelError(f"Layers {idle} do not run in a pass: they have no range.")
     ranges = {}
     for name in layers["name"]:
         scale, zero = _affine(torch.tensor(lows[name]), torch.tensor(highs[name]), bits)

@@ -1,4 +1,4 @@
-"""Checkpoints: the same training gives the same file, the digits are learned, precision is halved where that is free."""
+"""Checkpoints: the same training gives the same file, the digits are learned, halving precision costs little."""
 
 import dataclasses
 
