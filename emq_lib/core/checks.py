@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numbers
+import os
+import pathlib
 from collections.abc import Iterable
 
 import numpy as np
@@ -120,6 +122,17 @@ def random_source(rng: np.random.Generator) -> np.random.Generator:
     if not isinstance(rng, np.random.Generator):
         raise InvalidParameterError(f"rng must be a numpy.random.Generator, as default_rng(0); got {_short(rng)}.")
     return rng
+
+
+def file_path(path: pathlib.Path | str) -> pathlib.Path:
+    """Return the path of a file after checking that it is one; whether it can be read or written shows later.
+
+    Raises:
+        InvalidParameterError: neither a text nor a path, or one that no file can have.
+    """
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str) or "\0" in os.fspath(path):
+        raise InvalidParameterError(f"the path of a file must be a text or a pathlib.Path; got {_short(path)}.")
+    return pathlib.Path(path)
 
 
 def _is_whole(value: object) -> bool:

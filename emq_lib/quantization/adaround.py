@@ -67,9 +67,8 @@ def _patches(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Return what each output of a layer is a product with, shape (G, K, patches)."""
     if isinstance(module, nn.Linear):
         return x.reshape(1, -1, x.shape[-1]).mT
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    padded = F.pad(x, module._reversed_padding_repeated_twice, mode=mode).contiguous()
-    patches = F.unfold(padded, module.kernel_size, dilation=module.dilation, stride=module.stride)
+    how = {"dilation": module.dilation, "padding": module.padding, "stride": module.stride}
+    patches = F.unfold(x.contiguous(), module.kernel_size, **how)
     images, _, positions = patches.shape
     grouped = patches.view(images, module.groups, -1, positions)
     return grouped.permute(1, 2, 0, 3).reshape(module.groups, -1, images * positions)

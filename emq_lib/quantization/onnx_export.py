@@ -8,18 +8,20 @@ from __future__ import annotations
 import io
 import pathlib
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
-from emq_lib.core.errors import InvalidParameterError
-from emq_lib.core.files import atomic_path
+from emq_lib.core.checks import file_path
+from emq_lib.core.errors import InvalidParameterError, UnsupportedModelError
+from emq_lib.core.files import write_bytes
 from emq_lib.core.networks import QuantizedLayer, QuantizedNetwork
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, NodeProto
-
+    from onnx import GraphProto, ModelProto, NodeProto
 
 ONNX_OPSET = 21  # the first with 4-bit integers
 
@@ -45,32 +47,97 @@ def save_onnx(
             QDQ nodes, where runtimes look for them to choose integer kernels.
 
     Raises:
-        InvalidParameterError: inputs of other than 8 or 4 bits, or a layer that the exporter rewrites, e.g. a linear
-            layer on sequences.
+        InvalidParameterError: no network, no path, an example that the network does not take, inputs of other than 8 or
+            4 bits, or a layer that the exporter rewrites, e.g. a linear layer on sequences.
+        UnsupportedModelError: the exporter does not know an operation of the network.
+        DiskFullError: there is no room.
+        UnwritablePathError: the place cannot be written: a folder, no permission, a name too long.
     """
     import onnx
-    from onnx import version_converter
 
+    path = file_path(path)
+    if not isinstance(network, nn.Module):
+        raise InvalidParameterError(f"network must be a torch.nn.Module, got {network!r:.60}.")
+    _check_example(network, example)
     quantized = isinstance(network, QuantizedNetwork)
     plain, layers = (network.dequantized(), network.layers) if quantized else (network, {})
-    buffer = io.BytesIO()
-    axes = {"images": {0: "N"}, "logits": {0: "N"}}
-    names = {"input_names": ["images"], "output_names": ["logits"], "dynamic_axes": axes}
-    with warnings.catch_warnings(action="ignore"):  # this exporter is to give way to one that needs more packages
-        torch.onnx.export(plain, (example,), buffer, dynamo=False, opset_version=17, **names)
-    model = version_converter.convert_version(onnx.load_from_string(buffer.getvalue()), ONNX_OPSET)
-    readers = {node.input[1]: node for node in model.graph.node if node.op_type in ("Conv", "Gemm")}
+    marks = _mark(plain, layers)
+    model = _exported(plain, example)
+    readers = _readers(model.graph, marks, {name: layer.weight.codes.shape for name, layer in layers.items()})
     for name, layer in layers.items():
-        reader, bits = readers.get(f"{name}.weight"), layer.activation_range.bits
-        if reader is None or bits not in (4, 8):
+        bits = layer.activation_range.bits
+        if name not in readers or bits not in (4, 8):
             raise InvalidParameterError(
                 f"Layer {name!r} with inputs of {bits} bits cannot be written as ONNX: it has to be a convolution "
                 "or a linear layer on vectors, with inputs of 4 or 8 bits."
             )
-        _quantize_node(model.graph, reader, name, layer, exact=exact)
+        _quantize_node(model.graph, readers[name], name, layer, exact=exact)
     onnx.checker.check_model(model)
-    with atomic_path(pathlib.Path(path)) as temporary:
-        temporary.write_bytes(model.SerializeToString())
+    write_bytes(path, model.SerializeToString())
+
+
+def _check_example(network: nn.Module, example: torch.Tensor) -> None:
+    if not isinstance(example, torch.Tensor) or example.dtype != torch.float32 or not example.ndim or len(example) != 1:
+        raise InvalidParameterError(
+            "example must be one image as the network takes it, float32 of shape (1, C, H, W); got "
+            + (f"{example.dtype} {tuple(example.shape)}." if isinstance(example, torch.Tensor) else f"{example!r:.60}.")
+        )
+    try:
+        with torch.inference_mode():
+            network(example.clone())
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise InvalidParameterError(
+            f"The network does not take an example of shape {tuple(example.shape)} ({str(error):.200})."
+        ) from error
+
+
+def _mark(plain: nn.Module, layers: Mapping[str, QuantizedLayer]) -> dict[str, float]:
+    """Fill the weight and the bias of each layer to be quantized with numbers of its own, and return the weights'.
+
+    The exporter renames tensors, and makes one of those that are equal. By their numbers each is found again; they are
+    replaced afterwards.
+    """
+    marks = {name: float(row + 1) for row, name in enumerate(layers)}
+    with torch.no_grad():
+        for name, mark in marks.items():
+            layer = plain.get_submodule(name)
+            layer.weight.fill_(mark)
+            if layer.bias is not None:
+                layer.bias = nn.Parameter(torch.full_like(layer.bias, -mark))
+    return marks
+
+
+def _exported(plain: nn.Module, example: torch.Tensor) -> ModelProto:
+    import onnx
+    from onnx import version_converter
+
+    buffer = io.BytesIO()
+    axes = {"images": {0: "N"}, "logits": {0: "N"}}
+    names = {"input_names": ["images"], "output_names": ["logits"], "dynamic_axes": axes}
+    with warnings.catch_warnings(action="ignore"):  # this exporter is to give way to one that needs more packages
+        try:
+            torch.onnx.export(plain, (example,), buffer, dynamo=False, opset_version=17, **names)
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise UnsupportedModelError(f"PyTorch cannot write the network as ONNX ({error}).") from error
+    return version_converter.convert_version(onnx.load_from_string(buffer.getvalue()), ONNX_OPSET)
+
+
+def _readers(
+    graph: GraphProto, marks: Mapping[str, float], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, NodeProto]:
+    """Return the node that reads each marked weight, as far as it is a convolution or a product with vectors."""
+    from onnx import numpy_helper
+
+    nodes = {node.input[1]: node for node in graph.node if node.op_type in ("Conv", "Gemm")}
+    names = {mark: name for name, mark in marks.items()}
+    found = {}
+    for tensor in graph.initializer:
+        if tensor.name in nodes:
+            values = numpy_helper.to_array(tensor)
+            name = names.get(float(values.flat[0])) if values.dtype == np.float32 and values.size else None
+            if name is not None and values.shape == shapes[name] and (values == values.flat[0]).all():
+                found[name] = nodes[tensor.name]
+    return found
 
 
 def _quantize_node(graph: GraphProto, reader: NodeProto, name: str, layer: QuantizedLayer, *, exact: bool) -> None:
@@ -90,10 +157,11 @@ def _quantize_node(graph: GraphProto, reader: NodeProto, name: str, layer: Quant
     if exact:
         parts["input_factor"] = np.float32(1 / seen.scale)
         parts["factor"], parts["bias"] = layer.factor().cpu().numpy(), layer.bias.cpu().numpy()
+    elif len(reader.input) > 2:
+        parts["bias"] = layer.bias.cpu().flatten().numpy()
     places = {part: f"{name}.{part}" for part in parts}
-    for old in [tensor for tensor in graph.initializer if tensor.name in {f"{name}.weight", *reader.input[2:]}]:
-        if exact or old.name == f"{name}.weight":
-            graph.initializer.remove(old)
+    for old in [tensor for tensor in graph.initializer if tensor.name in reader.input[1:]]:
+        graph.initializer.remove(old)
     graph.initializer.extend(numpy_helper.from_array(value, places[part]) for part, value in parts.items())
 
     def make(kind: str, inputs: list[str], output: str, **attributes: int) -> NodeProto:
@@ -113,7 +181,9 @@ def _quantize_node(graph: GraphProto, reader: NodeProto, name: str, layer: Quant
         back = [make("Mul", [total, "factor"], product), make("Add", [product, "bias"], after)]
         del reader.input[2:]
         reader.output[0] = total
-    reader.input[0] = restored
+    elif "bias" in parts:
+        reader.input[2] = places["bias"]
+    reader.input[0], reader.input[1] = restored, f"{name}.weight"
     at = list(graph.node).index(reader)
     for offset, node in enumerate(front):
         graph.node.insert(at + offset, node)

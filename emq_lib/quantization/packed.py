@@ -10,84 +10,53 @@ Explained in chapter 05.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
-import math
 import pathlib
-from collections.abc import Iterator, Mapping
-from dataclasses import astuple, dataclass
+from collections.abc import Mapping
+from dataclasses import astuple
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from emq_lib.core.bank import WeightBank
-from emq_lib.core.costs import BIAS_BYTES, SCALE_BYTES, ZERO_POINT_BYTES, weight_bytes
-from emq_lib.core.errors import CorruptArtefactError, InvalidBitsError, InvalidParameterError, MissingArtefactError
-from emq_lib.core.files import atomic_path, to_json
-from emq_lib.core.graphs import fold_batchnorm
+from emq_lib.core.checks import file_path
+from emq_lib.core.errors import CorruptArtefactError, InvalidParameterError, MissingArtefactError
+from emq_lib.core.files import to_json, write_bytes
 from emq_lib.core.networks import QuantizedNetwork
 from emq_lib.core.quantizers import ActivationRange, QuantizedWeight
+from emq_lib.quantization.packing import (
+    PackedLayer,
+    PackedTensor,
+    UnpackableError,
+    describe_layers,
+    describe_tensors,
+    from_bytes,
+    pack_codes,
+    to_bytes,
+    unpack_codes,
+)
+from emq_lib.quantization.prepare import folded_copy
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Packed",
+    "header_bytes",
+    "load_network",
+    "load_packed",
+    "pack_codes",
+    "payload_bytes",
+    "save_network",
+    "save_packed",
+    "unpack_codes",
+]
 
 FORMAT_VERSION = 2
 _LENGTH_BYTES = 8  # a safetensors file starts with the length of its header as a 64-bit integer
 _KEY = "emq-packed"
-
-
-def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Pack integers of `bits` bits without gaps, least significant bit first.
-
-    Args:
-        codes: uint8, shape (n,), values 0 to 2^bits - 1.
-        bits: bit width, 1 to 8.
-
-    Returns:
-        uint8 array of ceil(n * bits / 8) bytes; the bits left over in the last one are zero.
-
-    Raises:
-        InvalidBitsError: a width outside 1 to 8.
-        InvalidParameterError: not a flat uint8 array, or a code that does not fit into `bits` bits.
-
-    >>> pack_codes(np.array([1, 2, 3, 0], dtype=np.uint8), bits=2)
-    array([57], dtype=uint8)
-    """
-    _check_bits(bits)
-    codes = np.asarray(codes)
-    if codes.dtype != np.uint8 or codes.ndim != 1:
-        raise InvalidParameterError(f"Codes must be a flat uint8 array; got {codes.dtype} of shape {codes.shape}.")
-    if codes.size and codes.max() >= 2**bits:
-        raise InvalidParameterError(
-            f"Code {codes.max()} does not fit into {bits} bits; clamp codes to 0..{2**bits - 1}, or pack more bits."
-        )
-    return np.packbits(np.unpackbits(codes[:, None], axis=1, count=bits, bitorder="little"), bitorder="little")
-
-
-def unpack_codes(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """Undo :func:`pack_codes`.
-
-    Args:
-        packed: uint8, shape (ceil(count * bits / 8),).
-        bits: bit width, 1 to 8.
-        count: how many integers were packed.
-
-    Returns:
-        uint8 array of shape (count,).
-
-    Raises:
-        InvalidBitsError: a width outside 1 to 8.
-        InvalidParameterError: the number of bytes does not match `count`.
-
-    >>> unpack_codes(np.array([57], dtype=np.uint8), bits=2, count=4)
-    array([1, 2, 3, 0], dtype=uint8)
-    """
-    _check_bits(bits)
-    if len(packed) != weight_bytes(count, bits):
-        raise InvalidParameterError(
-            f"{count} codes of {bits} bits take {weight_bytes(count, bits)} bytes; got {len(packed)}."
-        )
-    flat = np.unpackbits(packed, count=count * bits, bitorder="little")
-    return np.packbits(flat.reshape(count, bits), axis=1, bitorder="little").reshape(count)
+_REMEDY = "Restore the file, or pack the network again with emq_lib.quantization.packed.save_packed."
 
 
 class Packed(NamedTuple):
@@ -114,7 +83,14 @@ def save_network(
     """Write the selected configuration of a quantized network, whole, into one small file.
 
     Layers that stay in floating point and the ranges of inputs are in it too. See :func:`save_packed`, also for errors.
+
+    Raises:
+        InvalidParameterError: the network is not quantized.
     """
+    if not isinstance(network, QuantizedNetwork):
+        raise InvalidParameterError(
+            f"network must be quantized, as by quantize_model; got {type(network).__name__}. Nothing was written."
+        )
     plain = network.dequantized()
     state = plain.state_dict()
     weights = {name: layer.weight for name, layer in network.layers.items()}
@@ -125,7 +101,7 @@ def save_network(
     save_packed(path, weights, biases, inputs=inputs, rest=rest, metadata=metadata)
 
 
-def load_network(path: pathlib.Path | str, model: torch.nn.Module) -> QuantizedNetwork:
+def load_network(path: pathlib.Path | str, model: nn.Module) -> QuantizedNetwork:
     """Read a file of :func:`save_network` into a network of the same architecture.
 
     Args:
@@ -137,7 +113,8 @@ def load_network(path: pathlib.Path | str, model: torch.nn.Module) -> QuantizedN
 
     Raises:
         MissingArtefactError, CorruptArtefactError: see :func:`load_packed`.
-        InvalidParameterError: the file is of another architecture, or has no ranges of inputs.
+        InvalidParameterError: the file is of another architecture, or has no ranges of inputs; or no network is given.
+        UnsupportedModelError: see :func:`emq_lib.quantization.prepare.folded_copy`.
     """
     packed = load_packed(path)
     if set(packed.inputs) != set(packed.weights):
@@ -146,11 +123,13 @@ def load_network(path: pathlib.Path | str, model: torch.nn.Module) -> QuantizedN
         )
     state = packed.rest | {f"{name}.weight": weight.dequantize() for name, weight in packed.weights.items()}
     state |= {f"{name}.bias": bias for name, bias in packed.biases.items() if bias is not None}
-    folded = fold_batchnorm(copy.deepcopy(model).cpu())
+    folded = folded_copy(model).cpu()
     try:
         folded.load_state_dict(state)
     except RuntimeError as error:
         raise InvalidParameterError(f"{path} is of another architecture ({error}).") from error
+    if odd := [name for name in packed.weights if not isinstance(folded.get_submodule(name), nn.Conv2d | nn.Linear)]:
+        raise InvalidParameterError(f"{path} is of another architecture: here {odd} are no layers to quantize.")
     return QuantizedNetwork(folded, WeightBank.of(packed.weights), packed.inputs)
 
 
@@ -163,10 +142,15 @@ def payload_bytes(
 
     Without a rest it equals the "size" of :func:`emq_lib.core.costs.size_cost`; it is the file less its header.
 
+    Args:
+        weights: layer name -> quantized weight.
+        biases: layer name -> float32 bias of shape (C_out,), None or absent for a layer without one.
+        rest: name -> tensor that stays as it is.
+
     Raises:
-        InvalidParameterError: see :func:`save_packed`.
+        InvalidParameterError, InvalidBitsError: see :func:`save_packed`.
     """
-    return sum(part.size for part in (*_describe(weights, biases, {}), *_describe_rest(rest or {})))
+    return sum(part.size for part in (*describe_layers(weights, biases, {}), *describe_tensors(rest or {})))
 
 
 def save_packed(
@@ -191,80 +175,110 @@ def save_packed(
         metadata: texts to keep with the network, e.g. the profile and the configuration.
 
     Raises:
-        InvalidParameterError: a bias or a range without a layer, or a tensor of the wrong shape or type; nothing is
-            written.
+        InvalidParameterError: a bias or a range without a layer, a tensor of the wrong shape or type, numbers that no
+            layer has, or no path; nothing is written.
         InvalidBitsError: a width outside 1 to 8.
+        DiskFullError: there is no room.
+        UnwritablePathError: the place cannot be written: a folder, no permission, a name too long.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
-    layers, others = _describe(weights, biases, inputs or {}), _describe_rest(rest or {})
-    texts = {str(key): str(value) for key, value in (metadata or {}).items()}
+    path = file_path(path)
+    if not isinstance(metadata, Mapping | None):
+        raise InvalidParameterError(f"metadata must be a dictionary of texts, got {metadata!r:.60}.")
+    layers, others = describe_layers(weights, biases, inputs or {}), describe_tensors(rest or {})
     payload = np.concatenate(
         [
             np.zeros(0, np.uint8),
-            *(part for layer in layers for part in _parts(weights[layer.name], biases, layer)),
-            *(_to_bytes(rest[other.name], other.dtype) for other in others),
+            *(part for layer in layers for part in layer.pack(weights[layer.name], biases.get(layer.name))),
+            *(to_bytes(rest[other.name], other.dtype) for other in others),
         ]
     )
     description = {
         "format_version": FORMAT_VERSION,
         "layers": [astuple(layer) for layer in layers],
         "rest": [astuple(other) for other in others],
-        "metadata": texts,
+        "metadata": {str(key): str(value) for key, value in (metadata or {}).items()},
     }
     signed = description | {"sha256": _digest(description, payload)}
-    with atomic_path(pathlib.Path(path)) as temporary:
-        save_file({"payload": payload}, temporary, metadata={_KEY: to_json(signed)})
+    write_bytes(path, save({"payload": payload}, metadata={_KEY: to_json(signed)}))
 
 
 def load_packed(path: pathlib.Path | str) -> Packed:
     """Read a file of :func:`save_packed`.
+
+    Args:
+        path: the file.
 
     Returns:
         everything bit for bit as it was saved, on the CPU.
 
     Raises:
         MissingArtefactError: no such file.
-        CorruptArtefactError: truncated, altered, not a packed network, or of a later format.
+        CorruptArtefactError: truncated, altered, not a packed network, of a later format, or with numbers that no layer
+            has.
+        InvalidParameterError: no path.
     """
-    path = pathlib.Path(path)
-    remedy = "Restore the file, or pack the network again with emq_lib.quantization.packed.save_packed."
-    signed, payload = _read(path, remedy)
+    path = file_path(path)
+    signed, payload = _read(path)
     if signed.get("format_version") != FORMAT_VERSION:
         raise CorruptArtefactError(
-            f"{path} has format version {signed.get('format_version')}, this library reads {FORMAT_VERSION}. "
+            f"{path} has format version {signed.get('format_version')!r:.20}, this library reads {FORMAT_VERSION}. "
             "Update the library, or pack the network again."
         )
     description = {key: value for key, value in signed.items() if key != "sha256"}
     if signed.get("sha256") != _digest(description, payload):
-        raise CorruptArtefactError(f"{path} does not match its own SHA-256: it was altered. {remedy}")
+        raise CorruptArtefactError(f"{path} does not match its own SHA-256: it was altered. {_REMEDY}")
     try:
-        layers = [_Layer(name, tuple(shape), *facts) for name, shape, *facts in description["layers"]]
-        others = [_Other(name, tuple(shape), dtype) for name, shape, dtype in description["rest"]]
+        layers, others, metadata = _parsed(description)
         described = sum(part.size for part in (*layers, *others))
-        inputs = {layer.name: ActivationRange(*layer.input) for layer in layers if layer.input}
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise CorruptArtefactError(f"{path} describes its layers in an unknown way ({error}). {remedy}") from error
-    if described != len(payload):
-        raise CorruptArtefactError(f"{path} describes {described} bytes, but holds {len(payload)}. {remedy}")
-    weights, biases = {}, {}
-    sizes = [size for layer in layers for size in layer.part_sizes] + [other.size for other in others]
-    parts = np.split(payload, np.cumsum(sizes)[:-1])
-    for index, layer in enumerate(layers):
-        weights[layer.name], biases[layer.name] = _assemble(layer, parts[4 * index : 4 * index + 4])
+        if described != len(payload):
+            raise UnpackableError(f"{described} bytes are described, {len(payload)} are there")
+        sizes = [size for layer in layers for size in layer.part_sizes] + [other.size for other in others]
+        parts = np.split(payload, np.cumsum(sizes, dtype=np.int64)[:-1])
+        found = {layer.name: layer.unpack(parts[4 * row : 4 * row + 4]) for row, layer in enumerate(layers)}
+    except UnpackableError as error:
+        raise CorruptArtefactError(f"{path} describes no network: {error}. {_REMEDY}") from error
     kept = zip(others, parts[4 * len(layers) :], strict=False)  # without any parts, one empty part is left
-    rest = {other.name: _from_bytes(part, other.dtype).view(other.shape) for other, part in kept}
-    return Packed(weights, biases, inputs, rest, description["metadata"])
+    return Packed(
+        weights={name: weight for name, (weight, _) in found.items()},
+        biases={name: bias for name, (_, bias) in found.items()},
+        inputs={layer.name: layer.input for layer in layers if layer.input},
+        rest={other.name: from_bytes(part, other.dtype).view(other.shape) for other, part in kept},
+        metadata=metadata,
+    )
+
+
+def _parsed(description: Mapping[str, object]) -> tuple[list[PackedLayer], list[PackedTensor], dict[str, str]]:
+    """Return what the header says of layers, of other tensors, and the texts.
+
+    Raises:
+        UnpackableError: it is no description.
+    """
+    try:
+        layers = [PackedLayer.parsed(*entry) for entry in description["layers"]]
+        others = [PackedTensor.parsed(*entry) for entry in description["rest"]]
+        metadata = dict(description["metadata"].items())
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UnpackableError(f"its parts are not those of a packed network ({error})") from error
+    names = [part.name for part in (*layers, *others)]
+    if len(set(names)) < len(names) or not all(isinstance(text, str) for text in metadata.values()):
+        raise UnpackableError("a name stands twice, or a text is none")
+    return layers, others, metadata
 
 
 def header_bytes(path: pathlib.Path | str) -> int:
     """Return the bytes of a packed file that come before its payload: names, shapes, widths, metadata and the hash.
 
+    Args:
+        path: the file.
+
     Raises:
         MissingArtefactError: no such file.
         CorruptArtefactError: truncated before its header ends.
+        InvalidParameterError: no path.
     """
-    path = pathlib.Path(path)
+    path = file_path(path)
     if not path.is_file():
         raise MissingArtefactError(f"{path} does not exist. Make it with emq_lib.quantization.packed.save_packed.")
     with path.open("rb") as file:
@@ -274,142 +288,28 @@ def header_bytes(path: pathlib.Path | str) -> int:
     return length
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """What the header says of one layer."""
-
-    name: str
-    shape: tuple[int, ...]
-    bits: int
-    bias: bool
-    input: tuple[float, int, int] | None = None
-
-    @property
-    def part_sizes(self) -> tuple[int, int, int, int]:
-        """Bytes of the packed codes, the scales, the zero points and the biases."""
-        channels = self.shape[0]
-        return (
-            weight_bytes(math.prod(self.shape), self.bits),
-            channels * SCALE_BYTES,
-            channels * ZERO_POINT_BYTES,
-            channels * BIAS_BYTES * self.bias,
-        )
-
-    @property
-    def size(self) -> int:
-        """Bytes of the whole layer."""
-        return sum(self.part_sizes)
-
-
-@dataclass(frozen=True)
-class _Other:
-    """What the header says of a tensor outside the quantized layers."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str  # as numpy writes it, with the order of bytes
-
-    @property
-    def size(self) -> int:
-        """Bytes of the tensor."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
-
-
-def _check_bits(bits: int) -> None:
-    if not 1 <= bits <= 8:
-        raise InvalidBitsError(f"bits must lie in 1 to 8, got {bits}.")
-
-
-def _describe(
-    weights: Mapping[str, QuantizedWeight],
-    biases: Mapping[str, torch.Tensor | None],
-    inputs: Mapping[str, ActivationRange],
-) -> list[_Layer]:
-    """Check every tensor's type and shape, and return one description per layer."""
-    if unknown := sorted({*biases, *inputs} - set(weights)):
-        raise InvalidParameterError(f"Biases or ranges without a weight: {unknown}; the layers are {list(weights)}.")
-    layers = []
-    for name, weight in weights.items():
-        _check_bits(weight.bits)
-        bias = biases.get(name)
-        channels = weight.codes.shape[:1]
-        expected = [
-            ("codes", weight.codes, torch.uint8, weight.codes.shape or (1,)),
-            ("scale", weight.scale, torch.float32, channels),
-            ("zero point", weight.zero_point, torch.uint8, channels),
-            *([] if bias is None else [("bias", bias, torch.float32, channels)]),
-        ]
-        for what, tensor, dtype, shape in expected:
-            if tensor.dtype != dtype or tensor.shape != shape:
-                raise InvalidParameterError(
-                    f"The {what} of layer {name!r} must be {dtype} of shape {tuple(shape)}; "
-                    f"got {tensor.dtype} of shape {tuple(tensor.shape)}. Convert it before packing."
-                )
-        seen = astuple(inputs[name]) if name in inputs else None
-        layers.append(_Layer(name, tuple(weight.codes.shape), int(weight.bits), bias is not None, seen))
-    return layers
-
-
-def _describe_rest(rest: Mapping[str, torch.Tensor]) -> list[_Other]:
-    """Return one description per tensor; only types that numpy has too can be written."""
-    try:
-        types = {name: tensor.detach().cpu().numpy().dtype.newbyteorder("<").str for name, tensor in rest.items()}
-    except TypeError as error:
-        raise InvalidParameterError(f"A tensor of the rest cannot be written: {error}. Convert it first.") from error
-    return [_Other(name, tuple(tensor.shape), types[name]) for name, tensor in rest.items()]
-
-
-def _parts(weight: QuantizedWeight, biases: Mapping[str, torch.Tensor | None], layer: _Layer) -> Iterator[np.ndarray]:
-    """Yield a layer's bytes: packed codes, scales, zero points, biases."""
-    yield pack_codes(weight.codes.detach().cpu().contiguous().flatten().numpy(), layer.bits)
-    yield _to_bytes(weight.scale)
-    yield weight.zero_point.detach().cpu().numpy()
-    if layer.bias:
-        yield _to_bytes(biases[layer.name])
-
-
-def _to_bytes(values: torch.Tensor, dtype: str = "<f4") -> np.ndarray:
-    """Return numbers as bytes."""
-    return np.frombuffer(values.detach().cpu().numpy().astype(dtype).tobytes(), dtype=np.uint8)
-
-
-def _from_bytes(part: np.ndarray, dtype: str = "<f4") -> torch.Tensor:
-    """Undo :func:`_to_bytes`."""
-    numbers = np.frombuffer(part.tobytes(), dtype=dtype)
-    return torch.from_numpy(numbers.astype(numbers.dtype.newbyteorder("=")))
-
-
-def _assemble(layer: _Layer, parts: list[np.ndarray]) -> tuple[QuantizedWeight, torch.Tensor | None]:
-    """Return a layer's quantized weight and its bias from its four parts."""
-    codes, scale, zero_point, bias = parts
-    weight = QuantizedWeight(
-        torch.from_numpy(unpack_codes(codes, layer.bits, math.prod(layer.shape))).view(layer.shape),
-        _from_bytes(scale),
-        torch.from_numpy(zero_point.copy()),
-        layer.bits,
-    )
-    return weight, _from_bytes(bias) if layer.bias else None
-
-
 def _digest(description: Mapping[str, object], payload: np.ndarray) -> str:
     """Return the hexadecimal SHA-256 of the description and the payload."""
     return hashlib.sha256(to_json(description).encode() + b"\n" + payload.tobytes()).hexdigest()
 
 
-def _read(path: pathlib.Path, remedy: str) -> tuple[dict, np.ndarray]:
+def _read(path: pathlib.Path) -> tuple[dict, np.ndarray]:
     """Return the description with its hash, and the payload, of a well-formed file."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise MissingArtefactError(f"{path} does not exist. {remedy}")
+        raise MissingArtefactError(f"{path} does not exist. {_REMEDY}")
     try:
         with safe_open(path, framework="numpy") as file:
-            signed = json.loads((file.metadata() or {})[_KEY])
-            payload = file.get_tensor("payload")
-    except (SafetensorError, OSError) as error:
-        raise CorruptArtefactError(f"{path} is truncated, or no safetensors file ({error}). {remedy}") from error
-    except (KeyError, json.JSONDecodeError) as error:
-        raise CorruptArtefactError(f"{path} is not a packed network: its description is absent. {remedy}") from error
-    if not isinstance(signed, dict) or payload.dtype != np.uint8 or payload.ndim != 1:
-        raise CorruptArtefactError(f"{path} is not a packed network: its payload is no string of bytes. {remedy}")
+            texts, names = file.metadata() or {}, file.keys()
+            payload = file.get_tensor("payload") if "payload" in names else None
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
+        raise CorruptArtefactError(f"{path} is truncated, or no safetensors file ({error}). {_REMEDY}") from error
+    try:
+        signed = json.loads(texts[_KEY])
+        to_json(signed)
+    except (KeyError, ValueError, RecursionError) as error:
+        raise CorruptArtefactError(f"{path} is not a packed network: its description is absent. {_REMEDY}") from error
+    if not isinstance(signed, dict) or payload is None or payload.dtype != np.uint8 or payload.ndim != 1:
+        raise CorruptArtefactError(f"{path} is not a packed network: its payload is no string of bytes. {_REMEDY}")
     return signed, payload

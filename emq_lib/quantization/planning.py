@@ -140,9 +140,7 @@ def _kept(model: nn.Module, run: set[str]) -> dict[str, str]:
     kept = {}
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
-            kept[name] = "its padding is not by numbers of zeros"
-        elif isinstance(module, (nn.Conv2d, nn.Linear)):
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
             if name not in run:
                 kept[name] = "it does not run in a pass of its own"
         elif any(parameter.ndim > 1 for parameter in own.values()) and not isinstance(module, _PASSIVE):

@@ -57,12 +57,20 @@ def folded_copy(model: nn.Module) -> torch.fx.GraphModule:
         ) from error
     for module in list(copied.modules()):
         if parametrize.is_parametrized(module):
-            for name in list(module.parametrizations):
-                parametrize.remove_parametrizations(module, name)
+            _make_plain(module)
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, prune.BasePruningMethod):
                 prune.remove(module, hook._tensor_name)
     return fold_batchnorm(copied)
+
+
+def _make_plain(module: nn.Module) -> None:
+    """Take the parametrizations of a copied module away; torch's own way would change the class of the original too."""
+    tensors = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
+    module.__class__ = parametrize.type_before_parametrizations(module)
+    del module.parametrizations
+    for name, tensor in tensors.items():
+        module.register_parameter(name, nn.Parameter(tensor))
 
 
 def check_float(model: nn.Module) -> None:
@@ -96,15 +104,21 @@ def check_layers(model: nn.Module, layers: pd.DataFrame, ranges: Mapping[str, Ac
 
     Raises:
         InvalidParameterError: a layer without a range.
-        UnsupportedModelError: a layer that the network does not have, or not as a convolution or a linear layer; see
-            :func:`check_float`.
+        UnsupportedModelError: a layer that the network does not have, or not as a convolution that pads by numbers of
+            zeros or a linear layer; see :func:`check_float`.
     """
     check_float(model)
     modules = dict(model.named_modules())
-    if odd := [name for name in layers["name"] if not isinstance(modules.get(name), nn.Conv2d | nn.Linear)]:
-        raise UnsupportedModelError(
-            f"The network has no convolution or linear layer {odd[0]!r}: the layer table is of another network."
-        )
+    for name in layers["name"]:
+        layer = modules.get(name)
+        if not isinstance(layer, nn.Conv2d | nn.Linear):
+            raise UnsupportedModelError(
+                f"The network has no convolution or linear layer {name!r}: the layer table is of another network."
+            )
+        if isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
+            raise UnsupportedModelError(
+                f"The padding of layer {name!r} is not by numbers of zeros. Take what fold_batchnorm returns."
+            )
     if ranges is not None and (absent := [name for name in layers["name"] if name not in ranges]):
         raise InvalidParameterError(f"Layer {absent[0]!r} has no range: see choose_activation_ranges.")
 
@@ -130,14 +144,14 @@ def check_labels(model: nn.Module, images: Split) -> None:
         images: the images.
 
     Raises:
-        InvalidParameterError: no images, or with NaN; labels that are not one class of the network's for each.
+        InvalidParameterError: no images; labels beyond the network's classes.
     """
     if not isinstance(images, Split):
         raise InvalidParameterError(f"Training takes images and labels, a Split; got {type(images).__name__}.")
     checked_images(images)
-    labels, classes = images.labels, model(images[:1].inputs()).shape[-1]
-    if labels.dtype != torch.int64 or labels.shape != (len(images),) or not 0 <= labels.min() <= labels.max() < classes:
-        raise InvalidParameterError(f"labels must be int64, one per image, from 0 to {classes - 1}.")
+    classes = model(images[:1].inputs()).shape[-1]
+    if (last := int(images.labels.max())) >= classes:
+        raise InvalidParameterError(f"labels must lie in 0 to {classes - 1}, the network's classes; there is {last}.")
 
 
 def checked_images(calibration: torch.Tensor | Split) -> Split | Inputs:
