@@ -211,12 +211,13 @@ def _made_by(name: str, parameters: Mapping[str, object]) -> str:
 
 
 def _outdated_files(study: Profile) -> list[str]:
-    """Return a sentence for each file of a study that is published although it is out of date."""
-    reasons = {filename: outdated(study, filename) for filename in manifest_of(study)}
+    """Return a sentence for each reason for which files of a study are published although they are out of date."""
+    files: dict[str, list[str]] = {}
+    for filename in manifest_of(study):
+        if reason := outdated(study, filename):
+            files.setdefault(reason, []).append(plain(filename))
     return [
-        f"**{plain(filename)} of this study is out of date**, and is shown all the same: {plain(reason)}"
-        for filename, reason in reasons.items()
-        if reason
+        f"**Out of date, and shown all the same: {', '.join(names)}.** {plain(why)}" for why, names in files.items()
     ]
 
 
