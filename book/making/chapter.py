@@ -216,9 +216,7 @@ def _outdated_files(study: Profile) -> list[str]:
     for filename in manifest_of(study):
         if reason := outdated(study, filename):
             files.setdefault(reason, []).append(plain(filename))
-    return [
-        f"**Out of date, and shown all the same: {', '.join(names)}.** {plain(why)}" for why, names in files.items()
-    ]
+    return [f"**Shown although out of date: {', '.join(names)}.** {plain(why)}" for why, names in files.items()]
 
 
 def read_costs() -> pd.DataFrame:
