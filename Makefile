@@ -10,7 +10,7 @@ PAGES := $(VENV)/.pages
 READY := $(VENV)/.ready
 PIP := $(BIN)/uv pip install --quiet --python $(BIN)/python
 BOOK := $(BIN)/python -m book.making
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 --dist loadscope --no-loadscope-reorder
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONPATH :=
 export JUPYTER_PATH := $(CURDIR)/$(VENV)/share/jupyter

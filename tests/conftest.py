@@ -20,12 +20,8 @@ from book.studies.study import new_file
 from emq_lib.core.profiles import get_profile
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Chapters first, which take longest, then the pages; the tests of a file share one process and its fixtures."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.location[0]))
+    """Chapters first, which take longest, then the pages."""
     items.sort(key=lambda item: [item.get_closest_marker(marker) is None for marker in ("chapters", "browser")])
 
 

@@ -23,7 +23,7 @@ from book.places import REPOSITORY, chapter_names, repository_address
 from emq_lib.core.errors import EMQError, InvalidParameterError
 from emq_lib.core.files import named_when_unwritable, write_bytes
 
-KERNEL = "python3"
+KERNEL, PATIENCE = "python3", 600  # seconds that a kernel may take to start, on a busy machine
 INJECTED, MEASURING = ("injected-parameters", "measures-memory")  # tags of cells that are not the chapter's
 HEADLINE = "headline"  # tag of the cell whose figure stands in the README
 SOLUTION = "solution"  # tag of the cells that students do not get
@@ -93,6 +93,7 @@ def execute(
                 str(target),
                 parameters=changed,
                 kernel_name=KERNEL,
+                start_timeout=PATIENCE,
                 cwd=str(REPOSITORY / "book"),
                 progress_bar=False,
                 extra_arguments=["--log-level=ERROR"],

@@ -1,21 +1,18 @@
-"""Every chapter, live on the digits from the beginning, as a reader reruns it; and what wrong parameters get."""
+"""Every chapter, live on the digits from the beginning, as a reader reruns it: those that read what others compute."""
 
 import pathlib
 import shutil
 
 import nbformat
-import papermill
 import pytest
-from papermill.exceptions import PapermillExecutionError
 
 from book.making import notebooks
-from book.places import REPOSITORY, chapter_names
+from book.places import chapter_names
 
 ALONE = ("your_network", "your_profile", "larger_benches")  # read no file of the chapter's study
 CHAIN = [name for name in chapter_names() if name not in ALONE]
 
 pytestmark = pytest.mark.chapters
-one_after_the_other = pytest.mark.xdist_group("chapters")
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +35,17 @@ def run_live(name, build, **parameters):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=one_after_the_other if name in CHAIN else ()) for name in chapter_names()]
-)
-def test_chapters_run_live_on_the_digits(name, build):
+def check_live(name, build):
+    """Execute a chapter whole; it makes at least one claim."""
     assert all(cell.execution_count for cell in run_live(name, build))
     assert (build / "ledger" / f"{name}.jsonl").read_text().count("\n") >= 1
 
 
-@one_after_the_other
+@pytest.mark.parametrize("name", CHAIN)
+def test_chapters_run_live_on_the_digits(name, build):
+    check_live(name, build)
+
+
 def test_the_study_is_complete(build):
     found = {path.name for path in (build / "studies" / "digits-resnet8").glob("[!.]*")}
     assert found == {
@@ -66,24 +65,3 @@ def test_the_study_is_complete(build):
         "runtimes.csv",
         "manifest.json",
     }
-
-
-@pytest.mark.parametrize(
-    ("parameters", "error"),
-    [({"PROFILE": "nope"}, "Unknown"), ({"REBUILD": "maybe"}, "REBUILD must"), ({"SEED": True}, "SEED must")],
-)
-def test_wrong_parameters_fail_at_the_first_cell(parameters, error, tmp_path):
-    with pytest.raises(notebooks.ChapterError, match=rf"rerun failed in cell \d: .*{error}"):
-        run_live("rerun", tmp_path, **parameters)
-    notebook = nbformat.read(tmp_path / "source" / "book" / "rerun.ipynb", as_version=4)
-    ran = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.execution_count]
-    assert "start_chapter" in ran[-1].source
-    assert len(ran) == 3  # parameters, the injected ones, and the setup that fails
-
-
-def test_a_misspelt_parameter_given_to_papermill_fails_at_the_first_cell(tmp_path):
-    source = REPOSITORY / "book" / "rerun.ipynb"
-    with pytest.raises(PapermillExecutionError, match="No parameter PROFIL: chapters have PROFILE, REBUILD, SEED"):
-        papermill.execute_notebook(
-            source, tmp_path / "out.ipynb", {"PROFIL": "x"}, cwd=REPOSITORY / "book", progress_bar=False
-        )

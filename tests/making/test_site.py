@@ -13,7 +13,7 @@ from playwright.sync_api import sync_playwright
 from book.making import pages, pdf
 from book.places import chapter_names
 
-pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("site")]
+pytestmark = pytest.mark.browser
 
 WIDTHS = (390, 1024, 1600)
 SERIOUS = ("serious", "critical")
