@@ -24,6 +24,7 @@ def small(profile, monkeypatch):
     return dataclasses.replace(profile, bench_configs=20, stratified_configs=5, bench_images=100)
 
 
+@pytest.mark.slow
 def test_a_lost_worker_costs_only_its_unfinished_rows(own_study, small, data):
     distributed = pytest.importorskip("distributed")
     path, before = own_study / "bench.parquet", {}
@@ -40,6 +41,8 @@ def test_a_lost_worker_costs_only_its_unfinished_rows(own_study, small, data):
         os.kill(cluster.workers[0].pid, signal.SIGKILL)
 
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        with distributed.Client(cluster) as client:
+            client.wait_for_workers(2)
         thread = threading.Thread(target=kill_a_worker, args=(cluster,), daemon=True)
         thread.start()
         bench.build_bench(small, data, scheduler=cluster.scheduler_address)

@@ -13,29 +13,32 @@ from emq_lib.quantization import adaround
 
 
 @pytest.fixture
-def small(monkeypatch):
+def few(monkeypatch, profile):
     monkeypatch.setattr(checks, "CONFIGS", 4)
     monkeypatch.setattr(checks, "IN_ORDER", 2)
-    monkeypatch.setattr(adaround, "ITERATIONS", 60)
+    monkeypatch.setattr(adaround, "ITERATIONS", 20)
     monkeypatch.setattr(checks, "WEIGHTS_ONLY", dataclasses.replace(checks.WEIGHTS_ONLY, iterations=100))
+    return dataclasses.replace(profile, bench_configs=4, stratified_configs=1, one_bit_configs=0, bench_images=200)
 
 
-def test_draw_zero_is_the_bench_and_other_draws_are_not(own_study, profile, data, small, monkeypatch):
-    bench.build_bench(dataclasses.replace(profile, bench_configs=8, stratified_configs=1), data, quantizer="adaround")
+@pytest.mark.slow
+def test_draw_zero_is_the_bench_and_other_draws_are_not(own_study, few, data, monkeypatch):
+    for quantizer in ("rtn", "adaround"):
+        bench.build_bench(few, data, quantizer=quantizer)
     with monkeypatch.context() as patch:
         patch.setattr(checks, "_measure_in_order", _interrupted)
         with pytest.raises(KeyboardInterrupt):
-            checks.build_checks(profile, data)
+            checks.build_checks(few, data)
     assert not (own_study / "checks.csv").exists()
     monkeypatch.setattr(remote, "measure", _interrupted)  # all but the last check is on disk
-    checks.build_checks(profile, data)
-    table = checks.load_checks(profile)
+    checks.build_checks(few, data)
+    table = checks.load_checks(few)
     assert table.groupby(["quantizer", "draw"]).size().to_dict() == {
         **{(quantizer, draw): 4 for quantizer in ("rtn", "adaround") for draw in range(3)},
         ("in order", 0): 2,
     }
     for quantizer in ("rtn", "adaround"):
-        rows = load_bench(profile, quantizer=quantizer).table.set_index("config_id")
+        rows = load_bench(few, quantizer=quantizer).table.set_index("config_id")
         own = table[(table["quantizer"] == quantizer) & (table["draw"] == 0)].set_index("bits")
         pd.testing.assert_series_equal(own["loss"], rows.loc[own.index, "loss"], check_names=False)
         other = table[(table["quantizer"] == quantizer) & (table["draw"] == 1)].set_index("bits")
