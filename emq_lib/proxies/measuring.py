@@ -251,10 +251,10 @@ def measure_statistics(
             none that the statistics can be measured on.
         InvalidBitsError: a width outside 1 to 8.
     """
-    if len(calibration.labels.unique()) < 2:
-        raise InvalidParameterError("All calibration images are of one class, so gradients say nothing; draw others.")
     if (there := next(model.parameters()).device) != (here := calibration.images.device):
         raise InvalidParameterError(f"the network is on {there}, the images on {here}: move one of them.")
+    if len(calibration.labels.unique()) < 2:
+        raise InvalidParameterError("All calibration images are of one class, so gradients say nothing; draw others.")
     visit = _Visit(model, layers[layers["searchable"]], calibration, tuple(choices), streams)
     finished = {} if finished is None else finished
     for name, part in _PARTS.items():

@@ -35,10 +35,12 @@ class Truth:
         model: the network.
         names: layers.
         split: images and labels.
+        in_place: whether operations in place stay, because without them it would be another function.
     """
 
-    def __init__(self, model, names, split):
-        self.model, self.names, self.split = without_in_place(model), list(names), split
+    def __init__(self, model, names, split, *, in_place=False):
+        self.model = copy.deepcopy(model) if in_place else without_in_place(model)
+        self.names, self.split = list(names), split
         self.weights = [self.model.get_submodule(name).weight for name in names]
 
     def observe(self, inputs):
