@@ -9,6 +9,7 @@ that renews it. :mod:`book.studies.files` says which file is made from what.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -29,7 +30,6 @@ from emq_lib.core.errors import (
     MissingArtefactError,
     StaleArtefactError,
     StudyBusyError,
-    UnwritablePathError,
 )
 from emq_lib.core.files import (
     MANIFEST,
@@ -156,8 +156,9 @@ def new_file(
     """
     with sole_writer(profile) as folder:
         staged, entry = staged_path(folder, filename), {"rows": rows, "seconds": round(seconds, 1), "note": note}
-        if (folder / filename).is_dir():
-            raise UnwritablePathError(f"{folder / filename} is a folder. Move it away.")
+        with named_when_unwritable(folder / filename):
+            if (folder / filename).is_dir():
+                raise IsADirectoryError(errno.EISDIR, "it is a folder")
         try:
             with atomic_path(staged) as path:
                 yield path
@@ -221,7 +222,7 @@ def code_version(filename: str) -> str:
 
 
 def renewal(profile: Profile, filename: str) -> str:
-    """Return how to make a file of a study again: a command, or the function to call where no command knows the study."""
+    """Return how to make a file of a study again: a command, or the function to call where none knows the study."""
     if filename not in FILES or profile.name not in profile_names():
         builder = FILES[filename].builder.replace(":", ".") if filename in FILES else "what made it"
         return f"call {builder} again"

@@ -1,6 +1,8 @@
-"""Processes that share the work of a study end with the one that started them, however it ends."""
+"""Processes that share work: results in order, errors by name, and none that outlives its parent."""
 
+import functools
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -8,40 +10,85 @@ import time
 
 import pytest
 
-PARENT = """
-import functools, pathlib, sys
-from sharing import work
+from book.places import REPOSITORY
+from book.studies.study import sole_writer
 from book.studies.workers import share
-
-if __name__ == "__main__":
-    folder = pathlib.Path(sys.argv[1])
-    print(list(share(functools.partial(work, folder), range(4), 2)))
-"""
+from emq_lib.core.errors import InvalidBitsError, InvalidParameterError, StudyBusyError, WorkerLostError
+from emq_lib.core.profiles import get_profile
 
 
-def _running(group):
-    listed = subprocess.run(["ps", "-A", "-o", "pgid=,stat="], capture_output=True, text=True, check=True)
-    rows = (line.split() for line in listed.stdout.splitlines())
-    return sum(int(of) == group and not state.startswith("Z") for of, state in rows)
+def _do(task):
+    """Do what a task says, and return who did it with how many threads."""
+    import torch
+
+    if task == "fail":
+        raise InvalidBitsError("no such bits")
+    if task == "die":
+        os._exit(3)
+    if task == "write":
+        with sole_writer(get_profile("digits-resnet8")):
+            pass
+    return task, os.getpid(), torch.get_num_threads()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", ["while workers start", "while they work"])
-def test_workers_of_a_killed_parent_end(moment, tmp_path):
-    (tmp_path / "sharing.py").write_text(
-        "import time\n\ndef work(folder, task):\n    (folder / f'{task}.begun').touch()\n    time.sleep(600)\n"
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    command = [sys.executable, "-c", PARENT, str(tmp_path)]
-    with subprocess.Popen(command, env=environment, start_new_session=True) as parent:
-        deadline = time.monotonic() + 120
-        begun = 2 if moment == "while they work" else 0
-        while _running(parent.pid) < 3 or len(list(tmp_path.glob("*.begun"))) < begun:
-            assert time.monotonic() < deadline
-            assert parent.poll() is None
+def _compute_for_ever(folder, _task):
+    (folder / str(os.getpid())).write_text("")
+    while True:
+        pass
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_results_come_in_order_from_single_threads(workers):
+    found = list(share(_do, "abcd", workers))
+    assert [task for task, _, _ in found] == list("abcd")
+    assert {threads for _, _, threads in found} == {1}
+    assert (os.getpid() in {process for _, process, _ in found}) == (workers == 1)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("task", "error"), [("fail", InvalidBitsError), ("die", WorkerLostError)])
+def test_errors_of_workers_reach_the_caller_by_name(workers, task, error):
+    if (workers, task) == (1, "die"):
+        pytest.skip("with one worker this process works")
+    with pytest.raises(error, match="no such bits|call again, with fewer workers"):
+        list(share(_do, [task], workers))
+
+
+def test_workers_do_not_write_the_study_that_their_parent_writes(tmp_path, monkeypatch):
+    monkeypatch.setenv("EMQ_STUDY_ROOT", str(tmp_path))
+    with sole_writer(get_profile("digits-resnet8")), pytest.raises(StudyBusyError, match="Another run is writing"):
+        list(share(_do, ["write"], 2))
+
+
+@pytest.mark.parametrize("workers", [0, -1, 1.5, "2", (2,)])
+def test_a_number_of_workers_that_cannot_be_is_refused(workers):
+    with pytest.raises(InvalidParameterError, match="number of workers"):
+        list(share(_do, "ab", workers))
+
+
+def _keep_two_busy(folder):
+    list(share(functools.partial(_compute_for_ever, pathlib.Path(folder)), "ab", 2))
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    code = f"import test_workers; test_workers._keep_two_busy({str(tmp_path)!r})"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(pathlib.Path(__file__).parent)])}
+    parent = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    try:
+        while len(workers := [int(path.name) for path in tmp_path.iterdir()]) < 2:
+            assert parent.poll() is None, "the parent ended by itself"
             time.sleep(0.05)
-        os.kill(parent.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 60
-    while _running(parent.pid):
-        assert time.monotonic() < deadline, "workers outlive the process that started them"
+    finally:
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+    deadline = time.monotonic() + 20
+    while [process for process in workers if _runs(process)]:
+        assert time.monotonic() < deadline, "workers outlive their parent"
         time.sleep(0.05)
+
+
+def _runs(process):
+    try:
+        return "Z" not in pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False

@@ -20,6 +20,7 @@ from book.studies.study import manifest_of
 from emq_lib.core import profiles
 from emq_lib.core.profiles import EvolutionBudget, Profile, get_profile
 from emq_lib.proxies import intervals
+from emq_lib.proxies.handmade import PROXIES
 from emq_lib.quantization import adaround
 from emq_lib.quantization.brecq import Settings
 
@@ -61,17 +62,22 @@ class Look:
         return {place for code in self.codes for place in _definition(code.co_filename, code.co_firstlineno)}
 
 
-@functools.cache
 def _definition(filename: str, line: int) -> list[tuple[str, str]]:
+    return [place for first, last, place in _definitions(filename) if first <= line <= last]
+
+
+@functools.cache
+def _definitions(filename: str) -> list[tuple[int, int, tuple[str, str]]]:
+    """Return first and last line, and (module, name), of the functions and classes of a file of the project."""
     path = pathlib.Path(filename)
     if not any(path.is_relative_to(REPOSITORY / package) for package in ("emq_lib", "book")):
         return []
     module = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
-    for node in ast.parse(path.read_text()).body:
-        first = min([node.lineno, *(part.lineno for part in getattr(node, "decorator_list", []))])
-        if first <= line <= node.end_lineno and isinstance(node, ast.FunctionDef | ast.ClassDef):
-            return [(module, node.name)]
-    return []  # a module as it is imported, or a lambda of a constant
+    return [
+        (min([node.lineno, *(part.lineno for part in node.decorator_list)]), node.end_lineno, (module, node.name))
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    ]
 
 
 def register_both(patch: pytest.MonkeyPatch) -> None:
@@ -105,6 +111,8 @@ def _with_small_budgets(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(quantization, "TRAINED_BUDGETS", (2.5,))
     patch.setattr(quantization, "TRAINED_METHODS", ("one-layer KL",))
     patch.setattr(runtimes, "ROUNDS", 2)
+    for name in set(PROXIES) - {"bit sum", "HAWQ-V2", "one-layer KL", "bit-SNIP, as released"}:
+        patch.delitem(PROXIES, name)
     for build, defaults in (
         (quantization.build_comparison, {"settings": short, "seeds": 1, "workers": 1}),
         (evolution.build_evolution, {"workers": 1}),
