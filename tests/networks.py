@@ -40,7 +40,7 @@ PADDING = {
     "reflected": {"padding": 1, "padding_mode": "reflect"},
     "circular": {"padding": (1, 2), "padding_mode": "circular"},
     "same": {"padding": "same", "dilation": 2},
-    "same even": {"kernel_size": (2, 4), "padding": "same"},
+    "same even": {"kernel_size": (3, 4), "padding": "same", "dilation": (1, 2)},
 }
 
 

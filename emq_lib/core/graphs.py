@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from emq_lib.core.errors import UnsupportedModelError
-from emq_lib.core.tracing import is_one_tensor, trace
+from emq_lib.core.tracing import is_one_tensor, place, trace
 
 
 def fold_batchnorm(model: nn.Module) -> torch.fx.GraphModule:
@@ -64,8 +64,8 @@ def describe_layers(
         has the slot of the layer that it is tied to), pinned_bits.
 
     Raises:
-        UnsupportedModelError: a layer that runs twice in one pass, two layers that share one weight, or a pinned or
-            tied layer that the network does not have.
+        UnsupportedModelError: a layer that runs twice in one pass, two layers that share one weight, a network that
+            reads the weight of a layer itself, or a pinned or tied layer that it does not have.
     """
     calls: list[tuple[str, nn.Module, int]] = []
 
@@ -94,6 +94,7 @@ def describe_layers(
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise UnsupportedModelError(f"Layers {repeated} run more than once in a pass; give each use its own layer.")
+    _check_weights_unread(model, names)
     weights = [module.weight for _, module, _ in calls]
     if shared := [name for name, weight in zip(names, weights, strict=True) if sum(weight is w for w in weights) > 1]:
         raise UnsupportedModelError(f"Layers {shared} share one weight; give each its own.")
@@ -124,6 +125,16 @@ def describe_layers(
         )
     columns = ["name", "kind", "shape", "parameters", "channels", "biases", "macs", "searchable", "slot", "pinned_bits"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def _check_weights_unread(model: nn.Module, names: Sequence[str]) -> None:
+    """Raise UnsupportedModelError if a traced network reads a parameter of a layer outside of the layer itself."""
+    for node in model.graph.nodes if isinstance(model, torch.fx.GraphModule) else ():
+        if node.op == "get_attr" and node.target.rpartition(".")[0] in names:
+            raise UnsupportedModelError(
+                f"{place(node)}: the network itself reads {node.target}, which quantizing replaces. Let the layer "
+                "alone read it."
+            )
 
 
 _LINEAR_MODULES = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.Identity, nn.Flatten, nn.Dropout)

@@ -102,12 +102,34 @@ def trace(model: nn.Module) -> torch.fx.GraphModule:
     for node in graph.nodes:
         if node.op == "call_module" and "input" in node.kwargs:
             node.args, node.kwargs = (node.kwargs["input"],), {}
+    _settle_constants(graph, model)
     _pad_by_hand(graph, model)
     _replace_writes(graph, model)
     for module in model.modules():
         if getattr(module, "inplace", False):
             module.inplace = False
     return torch.fx.GraphModule(model, graph).eval()
+
+
+def _settle_constants(graph: torch.fx.Graph, root: nn.Module) -> None:
+    """Put in the type and the shape of a parameter where the network asks for them."""
+    for node in list(graph.nodes):
+        if (
+            node.target is not getattr
+            or node.args[0].op != "get_attr"
+            or node.args[1] not in ("dtype", "shape", "ndim")
+        ):
+            continue
+        module, _, name = node.args[0].target.rpartition(".")
+        value = getattr(getattr(root.get_submodule(module), name), node.args[1])
+        for user in list(node.users):
+            user.args, user.kwargs = torch.fx.map_arg(
+                (user.args, user.kwargs), lambda other, node=node, value=value: value if other is node else other
+            )
+        read = node.args[0]
+        graph.erase_node(node)
+        if not read.users:
+            graph.erase_node(read)
 
 
 def _pad_by_hand(graph: torch.fx.Graph, root: nn.Module) -> None:
@@ -170,7 +192,7 @@ def _written(node: torch.fx.Node) -> torch.fx.Node:
     """Return the value that a writing operation overwrites."""
     written = node.kwargs.get("out") or next(iter((*node.args, *node.kwargs.values())))
     if not isinstance(written, torch.fx.Node):
-        raise UnsupportedModelError(f"{_place(node)}: overwrites what is no single tensor of the network.")
+        raise UnsupportedModelError(f"{place(node)}: overwrites what is no single tensor of the network.")
     return written
 
 
@@ -188,16 +210,16 @@ def _make_out_of_place(node: torch.fx.Node) -> None:
         places = [torch.Tensor] if node.op == "call_method" else [F, torch]
         found = next((getattr(place, name[:-1]) for place in places if hasattr(place, name[:-1])), None)
         if found is None or name in _MISNAMED or getattr(node.target, "__module__", "") == "torch.nn.init":
-            raise UnsupportedModelError(f"{_place(node)}: {name} has no out-of-place form. Write one.")
+            raise UnsupportedModelError(f"{place(node)}: {name} has no out-of-place form. Write one.")
         node.target = name[:-1] if node.op == "call_method" else found
     elif node.target is operator.setitem:
-        raise UnsupportedModelError(f"{_place(node)}: assigns to a part of a tensor. Build the whole, as by torch.cat.")
+        raise UnsupportedModelError(f"{place(node)}: assigns to a part of a tensor. Build the whole, as by torch.cat.")
 
 
 def _check_readers(node: torch.fx.Node, readers: Iterable[torch.fx.Node]) -> None:
     for other in readers:
         raise UnsupportedModelError(
-            f"{_place(node)}: {_name(node)} overwrites memory that {other.name} may share, which the network reads "
+            f"{place(node)}: {_name(node)} overwrites memory that {other.name} may share, which the network reads "
             "later. Use the out-of-place form."
         )
 
@@ -206,7 +228,7 @@ def _check_parts(node: torch.fx.Node, related: Iterable[torch.fx.Node]) -> None:
     for other in related:
         if other.op == "get_attr":
             raise UnsupportedModelError(
-                f"{_place(node)}: {_name(node)} overwrites {other.target}, so that the network changes with every "
+                f"{place(node)}: {_name(node)} overwrites {other.target}, so that the network changes with every "
                 "pass. Use the out-of-place form."
             )
 
@@ -272,8 +294,8 @@ def _name(node: torch.fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
-def _place(node: torch.fx.Node) -> str:
-    """Return a node's name and the line of the network's own code that it stems from."""
+def place(node: torch.fx.Node) -> str:
+    """Return a traced node's name and the line of the network's own code that it stems from."""
     file, number = node.meta["line"]
     return f"{node.name} ({file}:{number}: {linecache.getline(file, number).strip()})"
 

@@ -12,7 +12,7 @@ from torch import nn
 from emq_lib.core import graphs, tracing
 from emq_lib.core.errors import UnsupportedModelError
 from emq_lib.core.models import MODELS
-from tests.networks import networks, pictures, registered
+from tests.networks import networks, pictures, registered, spread_batchnorms
 
 
 def _assert_out_of_place(graph_module):
@@ -158,6 +158,11 @@ def _view_last(net, x):
     return y.flatten(2)
 
 
+def _type_of_a_weight(net, x):
+    y = net.conv1(x.to(net.conv1.weight.dtype))
+    return y.view(-1, net.conv2.weight.shape[0]) / net.scale.ndim
+
+
 def _input(_net, x):
     return x.sub_(0.5).div_(0.25)
 
@@ -170,6 +175,7 @@ def _input_read_again(net, x):
 
 SAME = (_aliased_sum, _aliased_activation, _through_an_identity, _through_a_dropout, _unused_result, _chain, _bits)
 SAME += (_written_out, _filled, _numbers, _both_halves, _view_last, _input, _input_read_again)
+SAME += (_type_of_a_weight,)
 
 
 @pytest.mark.parametrize("body", SAME, ids=lambda body: body.__name__)
@@ -312,3 +318,39 @@ def test_further_arguments_take_their_defaults():
 
     model, x = Tempered().eval(), torch.randn(2, 3)
     assert torch.equal(graphs.fold_batchnorm(model)(x), model(x))
+
+
+def _weight(net, x):
+    y = net.conv1(x)
+    return net.conv2(y) / net.conv2.weight.norm()
+
+
+def test_a_network_that_reads_a_layers_weight_folds_to_the_same_but_is_not_described():
+    model = Net(_weight).eval()
+    folded = _assert_folds_to_the_same_function(model, pictures(2), rtol=0)
+    with pytest.raises(UnsupportedModelError, match=r"test_tracing\.py:.*itself reads conv2\.weight"):
+        graphs.describe_layers(folded, pictures(1), pinned={}, tied={})
+
+
+def test_a_norm_behind_a_weight_that_the_network_reads_is_not_folded_into_it():
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            return self.norm(self.conv(x)) / self.conv.weight.norm()
+
+    _assert_folds_to_the_same_function(spread_batchnorms(Reading()).eval(), pictures(2), rtol=0)
+
+
+def test_a_layer_with_two_norms_is_folded_into_neither():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm1, self.norm2 = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.norm2(self.conv(self.norm1(self.conv(x))))
+
+    _assert_folds_to_the_same_function(spread_batchnorms(Twice()).eval(), pictures(2), rtol=0)
