@@ -19,7 +19,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
-_MOVES = ("to", "cpu", "cuda", "copy_", "__set__")  # what may take tensors of both
+_MOVES = ("to", "cpu", "cuda", "copy_", "__set__", "_has_compatible_shallow_copy_type")  # what may take tensors of both
 _INDEXES = ("__getitem__", "__setitem__")  # a GPU's tensor may be indexed by one of the CPU
 
 
@@ -57,6 +57,8 @@ class _Mode(TorchFunctionMode):
     def __torch_function__(self, function, _types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         name, tensors = getattr(function, "__name__", ""), list(_tensors((args, kwargs)))
+        if name in ("device", "_parse_to"):  # words about devices, of no tensor
+            return function(*args, **kwargs)
         if name == "__get__" and (place := function.__self__.__name__) in ("device", "is_cuda", "is_cpu"):
             held = is_on_gpu(args[0])
             return {"device": GPU if held else CPU, "is_cuda": held, "is_cpu": not held}[place]
