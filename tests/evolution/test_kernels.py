@@ -99,3 +99,16 @@ def test_it_compiles_for_a_gpu_where_there_is_none():
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=True)
     assert int(done.stdout) > 10_000
+
+
+IMPORTS = """
+import sys
+from emq_lib.evolution import evaluator, fitness, genotypes, methods, primitives, programs, search, spaces
+import book.studies.evolution
+found = sorted({name.partition(".")[0] for name in sys.modules} & {"triton", "matplotlib", "sphinx", "IPython"})
+assert not found, found
+"""
+
+
+def test_nothing_imports_triton_before_it_is_needed():
+    subprocess.run([sys.executable, "-c", IMPORTS], check=True)
