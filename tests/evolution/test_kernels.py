@@ -45,6 +45,7 @@ def test_every_element_wise_primitive_has_a_code():
     assert {name for name, entry in BINARIES.items() if entry.result == "element"} == set(kernels.BINARY)
 
 
+@pytest.mark.slow
 def test_random_programs_agree_whatever_else_runs_in_the_launch(inputs):
     rng = np.random.default_rng(0)
     tame = [name for name in kernels.UNARY if name not in ("invert", "rsqrt", "cube", "exp")]
@@ -95,6 +96,7 @@ print(len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"])
 """
 
 
+@pytest.mark.slow
 def test_it_compiles_for_a_gpu_where_there_is_none():
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=True)
@@ -110,5 +112,6 @@ assert not found, found
 """
 
 
+@pytest.mark.slow
 def test_nothing_imports_triton_before_it_is_needed():
     subprocess.run([sys.executable, "-c", IMPORTS], check=True)
