@@ -88,7 +88,7 @@ def choices(own_study, profile):
         for name, chosen in methods.items()
         for average, bits in chosen.items()
     ]
-    table = pd.DataFrame(rows).assign(correct_b=1, n_b=2)
+    table = pd.DataFrame(rows).assign(top1=50.0, size_bytes=1, bops=1, correct_a=1, correct_b=1, n_a=2, n_b=2)
     with new_file(profile, CHOICES, seconds=0.0, rows=len(table)) as path:
         table.to_csv(path, index=False)
     return table

@@ -16,15 +16,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from book.studies import files
 from book.studies.files import BENCH, FILES, MODEL, STATISTICS, TRANSFER
-from book.studies.study import (
-    checked_path,
-    has_study,
-    keep,
-    manifest_of,
-    outdated,
-    stale_because,
-    study_folder,
-)
+from book.studies.origins import outdated, stale_because, study_folder
+from book.studies.study import checked_path, has_study, keep, manifest_of
 from emq_lib.core.errors import CorruptArtefactError, EMQError, InvalidParameterError, MissingArtefactError
 from emq_lib.core.files import read_table, sha256, vouched_path
 from emq_lib.core.profiles import QUANTIZERS, Profile, get_profile, profile_names

@@ -16,13 +16,12 @@ from book.studies.files import CHOICES
 from book.studies.methods import SEARCHED
 from book.studies.networks import build_network
 from book.studies.rows import PARTIAL, measure_resumably
-from book.studies.study import checked_path, new_file, sole_writer, study_folder
+from book.studies.study import load_table, new_file, sole_writer, study_folder
 from emq_lib.allocation.approximate import allocate_locally, random_within
 from emq_lib.allocation.exact import Allocation, allocate, budget_for_average_bits
 from emq_lib.core.configs import bits_text
 from emq_lib.core.costs import CostTable, bops_cost, size_cost
 from emq_lib.core.datasets import ImageData
-from emq_lib.core.files import read_table
 from emq_lib.core.profiles import Profile
 from emq_lib.proxies.scores import score
 from emq_lib.quantization.choose import PATIENCE, TOLERANCE
@@ -144,7 +143,13 @@ def load_search_choices(profile: Profile) -> pd.DataFrame:
     return table.astype({"seed": int})
 
 
+_CELLS = {
+    **dict.fromkeys(("proxy", "variant", "bits"), str),
+    **dict.fromkeys(("average_bits", "seconds", "top1"), float),
+    **dict.fromkeys(("seed", "size_bytes", "bops", "correct_a", "correct_b", "n_a", "n_b"), int),
+}
+
+
 def _load(profile: Profile) -> pd.DataFrame:
-    needed = {"proxy": str, "variant": str, "bits": str, "average_bits": float, "seed": int, "seconds": None}
-    table = read_table(checked_path(profile, CHOICES), needed | {"correct_b": None, "n_b": None})
+    table = load_table(profile, CHOICES, _CELLS, unique=("proxy", "variant", "average_bits", "seed"))
     return table.assign(half_b=100 * table["correct_b"] / table["n_b"])

@@ -17,7 +17,7 @@ from book.studies.bench import load_bench
 from book.studies.files import CHECKS, NEUTRAL
 from book.studies.networks import build_network, layer_table, load_folded
 from book.studies.rows import PARTIAL, PartialRows, measure_resumably, row_keys, row_of
-from book.studies.study import checked_path, new_file, sole_writer, study_folder
+from book.studies.study import checked_path, load_table, new_file, sole_writer, study_folder
 from emq_lib.bench.engine import measure
 from emq_lib.core.configs import bits_text
 from emq_lib.core.datasets import ImageData
@@ -66,7 +66,9 @@ def build_checks(profile: Profile, data: ImageData) -> None:
 
 def load_checks(profile: Profile) -> pd.DataFrame:
     """Return a study's ``checks.csv``; `bits` is text."""
-    return pd.read_csv(checked_path(profile, "checks.csv"), dtype={"bits": str})
+    whole, parts = ("draw", "correct_a", "correct_b", "n_a", "n_b"), ("top1", "loss")
+    cells = dict.fromkeys(COLUMNS, str) | dict.fromkeys(whole, int) | dict.fromkeys(parts, float)
+    return load_table(profile, CHECKS, cells, unique=("quantizer", "draw", "bits"))
 
 
 def with_calibration(data: ImageData, draw: int) -> ImageData:

@@ -20,8 +20,9 @@ from tqdm.auto import tqdm
 from book.studies.bench import load_bench
 from book.studies.files import BENCH, ENUMERATION, EVOLUTION_LOG, MODEL, SEARCHES, STATISTICS, TRANSFER
 from book.studies.methods import REFINED, Run, enumerate_small, pose, search, searches, transfers
+from book.studies.origins import code_version
 from book.studies.proxies import load_statistics
-from book.studies.study import checked_path, code_version, new_file, sole_writer, study_folder
+from book.studies.study import checked_path, new_file, sole_writer, study_folder
 from book.studies.workers import share
 from emq_lib.core.errors import (
     CorruptArtefactError,

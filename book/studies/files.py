@@ -12,6 +12,7 @@ TRANSFER, CHOICES, COMPARISON, RUNTIMES = "transfer.jsonl", "quantization.csv", 
 NEUTRAL = (  # how files are kept and work is shared changes no number, which the tests check
     "book.places",
     "book.studies.files",
+    "book.studies.origins",
     "book.studies.study",
     "book.studies.workers",
     "emq_lib.bench.engine",

@@ -16,10 +16,9 @@ from book.studies.evolution import load_searches, load_winner
 from book.studies.files import HELDOUT
 from book.studies.methods import ALLOCATED, EVOLVED, SEARCHED, TRANSFERRED
 from book.studies.proxies import load_proxies, load_statistics
-from book.studies.study import checked_path, has_study, new_file, sole_writer
+from book.studies.study import has_study, load_table, new_file, sole_writer
 from emq_lib.bench.table import Bench
 from emq_lib.core.errors import MissingArtefactError
-from emq_lib.core.files import read_table
 from emq_lib.core.profiles import QUANTIZERS, Profile
 from emq_lib.evolution.evaluator import Evaluator
 from emq_lib.evolution.genotypes import parse
@@ -173,7 +172,16 @@ def _ranks(
     }
 
 
+_HELDOUT_CELLS = {  # the noise ceiling has rho100 alone
+    **dict.fromkeys(("proxy", "variant", "quantizer"), str),
+    **{"n": int, "rho100": float, "lo": float, "hi": float},
+    **dict.fromkeys(("rho20", "lo20", "hi20", "rho50", "lo50", "hi50", "binned_n", "seconds"), float | None),
+    **dict.fromkeys(("partial_rho", "partial_lo", "partial_hi", "binned_rho", "binned_lo", "binned_hi"), float | None),
+    **dict.fromkeys(("kendall", "weighted_tau", "logit_pearson", "search_fitness", "heldout_fitness"), float | None),
+}
+
+
 def load_heldout(profile: Profile, quantizer: str | None = None) -> pd.DataFrame:
     """Return a study's held-out table for one quantizer, by default the profile's."""
-    table = read_table(checked_path(profile, HELDOUT), {"proxy": str, "quantizer": str, "n": None, "rho100": None})
+    table = load_table(profile, HELDOUT, _HELDOUT_CELLS, unique=("proxy", "quantizer"))
     return table[table["quantizer"] == (quantizer or profile.quantizer)].reset_index(drop=True)

@@ -15,11 +15,11 @@ from safetensors.torch import load
 
 from book.studies.files import BENCH, SCORES, STATISTICS, TABLES
 from book.studies.networks import fresh_model, layer_table, load_folded
-from book.studies.study import checked_path, manifest_of, new_file, save_tensors, sole_writer
+from book.studies.study import checked_path, load_table, manifest_of, new_file, save_tensors, sole_writer
 from emq_lib.bench.table import read_bench
 from emq_lib.core.datasets import Split
 from emq_lib.core.errors import CorruptArtefactError
-from emq_lib.core.files import read_table, to_json
+from emq_lib.core.files import to_json
 from emq_lib.core.graphs import fold_batchnorm
 from emq_lib.core.profiles import Profile
 from emq_lib.proxies.handmade import PROXIES, score_table
@@ -105,14 +105,21 @@ def load_proxies(profile: Profile) -> tuple[pd.DataFrame, dict[str, dict]]:
         scores indexed by config_id, one column per proxy; and, per proxy, variant, seconds and "table", its score
         table (S, B) or matrix of pairs (S B, S B).
     """
-    scores = read_table(checked_path(profile, SCORES), {"config_id": str}).set_index("config_id")
     path = checked_path(profile, TABLES)
     try:
         facts = json.loads(path.read_text())
         entries = {
-            name: {"variant": str(fact["variant"]), "seconds": float(fact["seconds"]), "table": np.array(fact["table"])}
+            name: {"variant": str(fact["variant"]), "seconds": float(fact["seconds"]), "table": _table(fact["table"])}
             for name, fact in facts.items()
         }
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise CorruptArtefactError(f"{path} does not hold the proxies ({error}). Restore or rebuild it.") from error
-    return scores, entries
+    cells = {"config_id": str} | dict.fromkeys(entries, float)
+    return load_table(profile, SCORES, cells, unique=("config_id",)).set_index("config_id"), entries
+
+
+def _table(stored: object) -> np.ndarray:
+    found = np.array(stored, dtype=np.float64)
+    if found.ndim != 2 or not found.size or not np.isfinite(found).all():
+        raise ValueError("a table of scores has rows of finite numbers")
+    return found

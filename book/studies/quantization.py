@@ -29,7 +29,7 @@ from book.studies.files import COMPARISON
 from book.studies.images import load_dataset
 from book.studies.networks import build_network, layer_table, load_folded
 from book.studies.rows import PartialRows, measure_resumably, row_keys
-from book.studies.study import checked_path, new_file, seconds_of, sole_writer, study_folder
+from book.studies.study import load_table, new_file, seconds_of, sole_writer, study_folder
 from book.studies.workers import share
 from emq_lib.allocation.approximate import random_within
 from emq_lib.allocation.exact import budget_for_average_bits
@@ -37,7 +37,7 @@ from emq_lib.bench.engine import measure
 from emq_lib.core.configs import bits_text, parse_bits
 from emq_lib.core.costs import bops_cost, size_cost
 from emq_lib.core.datasets import ImageData
-from emq_lib.core.errors import MissingArtefactError
+from emq_lib.core.errors import CorruptArtefactError, MissingArtefactError
 from emq_lib.core.files import read_table, to_json, vouched_path
 from emq_lib.core.models import predict, top1
 from emq_lib.core.profiles import QUANTIZERS, Profile
@@ -335,10 +335,24 @@ def _present_rows(profile: Profile) -> tuple[dict[str, dict], float]:
     return table[KEPT].to_dict("index"), seconds_of(profile, COMPARISON)
 
 
+_CELLS = {
+    **dict.fromkeys(("proxy", "bits", "quantizer", "key"), str),
+    **dict.fromkeys(("average_bits", "search_seconds", "quantize_seconds", "top1", "loss"), float),
+    **dict.fromkeys(("seed", "images", "size_bytes", "bops"), int),
+    "correct": None,
+}
+
+
+def _packs(correct: object, images: int) -> bool:
+    """Return whether bytes hold one bit for each image."""
+    return isinstance(correct, bytes) and len(correct) == -(-images // 8)
+
+
 def load_comparison(profile: Profile) -> pd.DataFrame:
     """Return the study's table of :func:`build_comparison`, with `hits`: bool arrays, one entry per test image."""
-    needed = ("proxy", "average_bits", "seed", "bits", "quantizer", "images", *KEPT)
-    table = read_table(checked_path(profile, COMPARISON), dict.fromkeys(needed))
+    table = load_table(profile, COMPARISON, _CELLS, unique=("proxy", "average_bits", "seed", "quantizer"))
+    if not all(map(_packs, table["correct"], table["images"])):
+        raise CorruptArtefactError(f"{COMPARISON} of {profile.name!r} lacks images of a row. Restore or rebuild it.")
     hits = [
         np.unpackbits(np.frombuffer(row.correct, np.uint8), count=row.images).astype(bool) for row in table.itertuples()
     ]

@@ -19,7 +19,7 @@ from book.studies.allocation import load_quantization
 from book.studies.files import RUNTIMES
 from book.studies.means import mean_with_interval
 from book.studies.networks import build_network, fresh_model, load_folded
-from book.studies.study import checked_path, new_file, sole_writer
+from book.studies.study import load_table, new_file, sole_writer
 from emq_lib.core.configs import bits_text, parse_bits
 from emq_lib.core.datasets import ImageData, Split
 from emq_lib.core.models import predict, top1
@@ -108,9 +108,11 @@ def build_runtimes(profile: Profile, data: ImageData) -> None:
 
 def load_runtimes(profile: Profile) -> pd.DataFrame:
     """Return the study's table of :func:`build_runtimes`."""
-    return pd.read_csv(
-        checked_path(profile, "runtimes.csv"), dtype={"bits": str}, keep_default_na=False, na_values=[""]
-    )
+    times = (f"{what}_{batch}" for what in ("ms", "ratio", "lo", "hi") for batch in BATCHES)
+    cells = {"network": str, "bits": str | None, "top1": float} | dict.fromkeys(times, float)
+    cells |= dict.fromkeys(("images", "same_optimized", "file_bytes"), int)
+    cells |= dict.fromkeys(("packed_bytes", "same_packed", "same_exact", "same_qdq"), float | None)  # not of the float
+    return load_table(profile, RUNTIMES, cells, unique=("network",), keep_default_na=False, na_values=[""])
 
 
 def _agreement(files: dict[str, pathlib.Path], truth: torch.Tensor, images: Split) -> dict[str, float | int]:

@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
-import hashlib
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from book.places import REPOSITORY
-from book.studies.files import FILES, NEUTRAL
+from book.studies.origins import made_from, outdated, renewal, stale_because, study_folder, what_changed
 from emq_lib.core.errors import (
     CorruptArtefactError,
     MissingArtefactError,
@@ -33,9 +31,11 @@ from emq_lib.core.errors import (
 )
 from emq_lib.core.files import (
     MANIFEST,
+    Kind,
     atomic_path,
     named_when_unwritable,
     read_manifest,
+    read_table,
     sha256,
     staged_path,
     sweep,
@@ -43,27 +43,14 @@ from emq_lib.core.files import (
     vouched_path,
     write_bytes,
 )
-from emq_lib.core.profiles import Profile, get_profile, is_published, profile_names
-from emq_lib.core.sources import code_hash
+from emq_lib.core.profiles import Profile
 
 if TYPE_CHECKING:
+    import pandas as pd
     import torch
 
 _RECORDED_PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pandas", "pyarrow", "safetensors")
 _SAFETENSORS_LENGTH = 8  # bytes in front of the header
-
-
-def study_folder(profile: Profile) -> pathlib.Path:
-    """Return the profile's folder: under ``data/``, or under the folder that ``EMQ_STUDY_ROOT`` names.
-
-    A study of another seed than the published one never stands in ``data/``: it has a folder of its own in ``_build``.
-    """
-    root = os.environ.get("EMQ_STUDY_ROOT")
-    if root:
-        return pathlib.Path(root) / profile.name
-    if is_published(profile):
-        return REPOSITORY / "data" / profile.name
-    return REPOSITORY / "_build" / profile.name / f"studies-seed-{profile.seed}" / profile.name
 
 
 @contextlib.contextmanager
@@ -174,7 +161,7 @@ def _origin(profile: Profile, filename: str, path: pathlib.Path) -> dict[str, ob
     return {
         "sha256": sha256(path),
         "command": renewal(profile, filename),
-        **_versions(profile, filename),
+        **made_from(profile, filename),
         "seed": profile.seed,
         "commit": _commit(),
         "versions": {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES},
@@ -183,82 +170,9 @@ def _origin(profile: Profile, filename: str, path: pathlib.Path) -> dict[str, ob
     }
 
 
-def _versions(profile: Profile, filename: str) -> dict[str, object]:
-    """Return what decides whether a file is up to date: its inputs, the settings and the code, as they are now."""
-    names = FILES[filename].inputs if filename in FILES else ()
-    return {
-        "inputs": {name: _digest(profile, name) for name in names},
-        "settings": settings_hash(profile, filename),
-        "code": code_version(filename),
-    }
-
-
-def _digest(profile: Profile, filename: str) -> str | None:
-    """Return the SHA-256 of a file of a study that its manifest vouches for; None without one, "altered" else."""
-    try:
-        return sha256(vouched_path(study_folder(profile), filename))
-    except MissingArtefactError:
-        return None
-    except CorruptArtefactError:
-        return "altered"
-
-
 def _write_entry(folder: pathlib.Path, filename: str, entry: Mapping[str, object]) -> None:
     manifest = read_manifest(folder) | {filename: entry}
     write_bytes(folder / MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
-
-
-def settings_hash(profile: Profile, filename: str) -> str:
-    """Return a hash of the profile's fields that decide a file."""
-    fields = FILES[filename].settings if filename in FILES else ()
-    facts = repr([(field, getattr(profile, field)) for field in sorted(fields)])
-    return hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
-
-
-@functools.cache
-def code_version(filename: str) -> str:
-    """Return the hash of the code that decides a file's numbers."""
-    return code_hash(*FILES[filename].code, neutral=NEUTRAL) if filename in FILES else ""
-
-
-def renewal(profile: Profile, filename: str) -> str:
-    """Return how to make a file of a study again: a command, or the function to call where none knows the study."""
-    if filename not in FILES or profile.name not in profile_names():
-        builder = FILES[filename].builder.replace(":", ".") if filename in FILES else "what made it"
-        return f"call {builder} again"
-    seed = profile.seed - get_profile(profile.name).seed
-    return f"python -m book.studies build {profile.name} {filename}" + (f" --seed {seed}" if seed else "")
-
-
-def stale_because(profile: Profile, filename: str) -> list[str]:
-    """Return why a file of a study is out of date, if it is.
-
-    Files that it was made from, settings or code have changed since, or one of those files is itself out of date
-    without being published so.
-    """
-    entry = read_manifest(study_folder(profile)).get(filename, {})
-    if not isinstance(entry.get("inputs"), dict):
-        return ["the manifest does not say what it was made from"]
-    found = [reason for name, digest in entry["inputs"].items() if (reason := _changed(profile, name, digest))]
-    if entry.get("settings") != settings_hash(profile, filename):
-        found.append("the profile has changed")
-    if entry.get("code") != code_version(filename):
-        found.append("the code that makes it has changed")
-    return found
-
-
-def _changed(profile: Profile, name: str, digest: object) -> str:
-    """Return what happened to an input, "file" or "study/file", since it had a hash; empty if nothing did."""
-    study, _, filename = name.rpartition("/")
-    if study and study not in profile_names():
-        return f"{name} is of a study that is not registered here"
-    owner = get_profile(study) if study else profile
-    now = _digest(owner, filename)
-    if now != digest:
-        return f"{name} " + ("is gone" if now is None else "is new" if digest is None else "has changed")
-    if now and outdated(owner, filename) is None and stale_because(owner, filename):
-        return f"{name} is out of date"
-    return ""
 
 
 def checked_path(profile: Profile, filename: str) -> pathlib.Path:
@@ -277,9 +191,20 @@ def checked_path(profile: Profile, filename: str) -> pathlib.Path:
     return path
 
 
-def outdated(profile: Profile, filename: str) -> str | None:
-    """Return why a file is published although it is out of date, as its manifest entry says it; None if it is not."""
-    return read_manifest(study_folder(profile)).get(filename, {}).get("outdated")
+def load_table(
+    profile: Profile, filename: str, columns: Mapping[str, Kind | None], *, unique: Sequence[str], **options: object
+) -> pd.DataFrame:
+    """Load a table of a study: :func:`checked_path`, then :func:`emq_lib.core.files.read_table`.
+
+    Raises:
+        MissingArtefactError, StaleArtefactError: see :func:`checked_path`.
+        CorruptArtefactError: it is no such table, or has another number of rows than the manifest says.
+    """
+    path = checked_path(profile, filename)
+    table, rows = read_table(path, columns, unique=unique, **options), manifest_of(profile)[filename].get("rows")
+    if rows not in (None, len(table)):
+        raise CorruptArtefactError(f"{path} has {len(table)} rows, not {rows}. Restore it, or make it again.")
+    return table
 
 
 def manifest_of(profile: Profile) -> dict[str, dict]:
@@ -354,13 +279,13 @@ def keep(
     """
     with sole_writer(profile) as folder:
         vouched_path(folder, filename, f"Make it: {renewal(profile, filename)}")
-        entry, now = read_manifest(folder)[filename], _versions(profile, filename)
+        entry, now = read_manifest(folder)[filename], made_from(profile, filename)
         if although_outdated:
             _write_entry(folder, filename, entry | {"outdated": why})
             return
         before = entry.get("inputs", {})
         now["inputs"] |= {name: digest for name, digest in before.items() if "/" in name} or dict(others or {})
-        if changed := [reason for name, digest in before.items() if (reason := _changed(profile, name, digest))]:
+        if changed := [reason for name, digest in before.items() if (reason := what_changed(profile, name, digest))]:
             raise StaleArtefactError(
                 f"{folder / filename} was made from other files: {'; '.join(changed)}. "
                 f"Renew it: {renewal(profile, filename)}"

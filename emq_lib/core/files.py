@@ -11,6 +11,8 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
+from types import UnionType
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -25,6 +27,7 @@ from emq_lib.core.errors import (
 )
 
 MANIFEST = "manifest.json"
+Kind = type | UnionType
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LOOKS = 5  # at a file and its entry, while somebody replaces both
 _RENEW = "Restore it, or make it again."
@@ -218,21 +221,22 @@ def staged_path(folder: pathlib.Path, filename: str) -> pathlib.Path:
 
 
 def read_table(
-    path: pathlib.Path, columns: Mapping[str, type | None], *, unique: Sequence[str] = (), **options: object
+    path: pathlib.Path, columns: Mapping[str, Kind | None], *, unique: Sequence[str] = (), **options: object
 ) -> pd.DataFrame:
     """Read a CSV or parquet table and check that it has what is needed.
 
     Args:
         path: the file.
         columns: name -> what each of its cells holds: a finite number (float), a whole one (int), text (str), a truth
-            value (bool), or anything (None).
+            value (bool), or anything (None); ``float | None`` and the like where cells may be empty.
         unique: columns that no two rows share.
         options: of the reader.
 
     Raises:
         CorruptArtefactError: it is empty, no such table, lacks a column, or holds what a column cannot hold.
     """
-    types = {name: kind for name, kind in columns.items() if kind is not None}
+    kinds = {name: kind for name, kind in columns.items() if kind is not None}
+    types = {name: kind if isinstance(kind, type) else get_args(kind)[0] for name, kind in kinds.items()}
     try:
         if path.name.removesuffix(".staged").endswith(".parquet"):
             table = pd.read_parquet(path, **options)
@@ -242,7 +246,7 @@ def read_table(
         raise CorruptArtefactError(f"{path} is not a table ({error}). {_RENEW}") from error
     if absent := sorted(set(columns) - set(table.columns)):
         raise CorruptArtefactError(f"{path} lacks the columns {absent}. {_RENEW}")
-    odd = [name for name, kind in types.items() if not _holds(table[name], kind)]
+    odd = [name for name, kind in kinds.items() if not _holds(table[name], kind)]
     if odd or table.empty or not isinstance(table.index, pd.RangeIndex):
         raise CorruptArtefactError(f"{path} has no rows, or cells that cannot be, in {odd or 'some columns'}. {_RENEW}")
     if unique and table.duplicated(list(unique)).any():
@@ -250,8 +254,10 @@ def read_table(
     return table
 
 
-def _holds(column: pd.Series, kind: type) -> bool:
+def _holds(column: pd.Series, kind: Kind) -> bool:
     """Return whether every cell of a column is of a kind."""
+    if not isinstance(kind, type):  # or empty
+        column, kind = column.dropna(), get_args(kind)[0]
     if kind is str:
         return bool(column.map(lambda cell: isinstance(cell, str)).all())
     if column.dtype.kind not in "biuf":

@@ -16,6 +16,7 @@ import torch
 
 from book.places import REPOSITORY
 from book.studies import __main__ as command_line
+from book.studies import origins
 from book.studies import study as study_module
 from book.studies.files import BENCH, FILES, HELDOUT, LAYERS, MODEL, SCORES, STATISTICS, TABLES, TRANSFER
 from book.studies.study import (
@@ -405,10 +406,10 @@ def _edit_entry(folder, filename, **changes):
 
 
 def _other_code(monkeypatch, filename):
-    monkeypatch.setattr(study_module, "code_version", lambda name: "other" if name == filename else _VERSION(name))
+    monkeypatch.setattr(origins, "code_version", lambda name: "other" if name == filename else _VERSION(name))
 
 
-_VERSION = study_module.code_version
+_VERSION = origins.code_version
 CHANGES = {
     "an input made again": (HELDOUT, lambda _folder, _patch: _put(BENCH, "grown"), "bench.parquet has changed"),
     "an input altered": (HELDOUT, lambda folder, _: (folder / BENCH).write_text("x"), "bench.parquet has changed"),

@@ -41,7 +41,7 @@ TWIN = dataclasses.replace(TINY, name="twin")
 READERS = ("checked_path", "vouched_path", "has_study", "read_facts")
 METHODS = (methods.EVOLUTION, *methods.EVOLVED.values())
 _COPIERS = {  # they read every field, or what a file was made from, and decide nothing
-    *(importlib.import_module(name).__file__ for name in ("dataclasses", "book.studies.study")),
+    *(importlib.import_module(name).__file__ for name in ("dataclasses", "book.studies.origins", "book.studies.study")),
     command_line.__file__,
     "<string>",
 }
