@@ -214,11 +214,12 @@ def top_eigenvalues(model: nn.Module, names: Sequence[str], split: Split, *, bat
         InvalidParameterError: no images, or a batch size below one.
         UnsupportedModelError: see :func:`~emq_lib.proxies.gradients.per_image_gradients`.
     """
+    sizes = [layer.weight.numel() for layer in named_layers(model, names).values()]
+    whole_number(batch_size, "a batch size", 1)
     with torch.no_grad():
         classes = logits_of(model, split[:1].inputs()).shape[1]
     if not _is_piecewise_linear(model) or classes > MOST_CLASSES:
         return _lanczos(model, names, split)
-    sizes = [layer.weight.numel() for layer in named_layers(model, names).values()]
     row_bytes = 4 * len(split) * classes
     found: list[float] = []
     while len(found) < len(names):

@@ -67,7 +67,7 @@ def batches(split: Split, batch_size: int) -> Iterator[Split]:
         InvalidParameterError: no images, or a batch size below one.
     """
     whole_number(len(split), "the number of images", 1)
-    step = whole_number(batch_size, "a batch size", 1)
+    step = min(len(split), whole_number(batch_size, "a batch size", 1))
     for start in range(0, len(split), step):
         yield split[start : start + step]
 

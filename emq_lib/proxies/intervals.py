@@ -16,7 +16,7 @@ from emq_lib.core.checks import real_number, real_numbers, whole_number
 from emq_lib.core.errors import InvalidParameterError, InvalidScoreError
 from emq_lib.proxies.counts import partial_of_counts, rho_of_counts
 from emq_lib.proxies.ranking import checked_covariates, checked_pair, partial_rho, regret, rho_at, within_budget
-from emq_lib.proxies.resampling import draw, resample, tails
+from emq_lib.proxies.resampling import draw, resample, resample_count, tails
 
 
 @dataclass(frozen=True)
@@ -354,8 +354,7 @@ def bootstrap_regret(
     """
     value, ends = regret(scores, accuracy, costs, budget), tails(level)
     scores, accuracy = within_budget(scores, accuracy, costs, budget)
-    resamples = whole_number(resamples, "the number of resamples", 100)
-    drawn = draw(resamples, [np.arange(len(scores))], rng) > 0
+    drawn = draw(resample_count(resamples), [np.arange(len(scores))], rng) > 0
     first = np.where(drawn, scores, -np.inf).argmax(axis=1)
     lost = np.where(drawn, accuracy, -np.inf).max(axis=1) - accuracy[first]
     lo, hi = np.quantile(lost, ends)

@@ -14,10 +14,10 @@ import numpy as np
 from scipy import stats
 
 from emq_lib.core.checks import random_source, real_number, whole_number
-from emq_lib.core.errors import InvalidScoreError
+from emq_lib.core.errors import InvalidParameterError, InvalidScoreError
 
 MINIMUM = 30  # configurations
-_FEWEST = 100  # resamples
+_FEWEST, _MOST = 100, 1_000_000  # resamples
 _BLOCK = 500_000  # numbers that a block of resamples may hold
 
 
@@ -76,17 +76,17 @@ def resample(
     Args:
         statistic: counts (R, n), how often each configuration is drawn -> its values (R,); NaN where it has none.
         n: number of configurations, at least 30.
-        resamples: number of resamples, at least 100.
+        resamples: number of resamples, 100 to a million.
         rng: source of randomness.
         strata: positions of the configurations that are drawn among themselves; by default all together.
 
     Raises:
         InvalidScoreError: too few configurations, or one resample in twenty has no value.
-        InvalidParameterError: too few resamples, or no generator.
+        InvalidParameterError: too few or too many resamples, or no generator.
     """
     if n < MINIMUM:
         raise InvalidScoreError(f"a bootstrap interval needs {MINIMUM} configurations or more, got {n}.")
-    whole_number(resamples, "the number of resamples of a bootstrap interval", _FEWEST)
+    resamples = resample_count(resamples)
     step = max(1, _BLOCK // n)
     strata = strata or [np.arange(n)]
     draws = [statistic(draw(min(step, resamples - i), strata, rng)) for i in range(0, resamples, step)]
@@ -102,6 +102,19 @@ def resample(
     acceleration = (influence**3).sum() / (6 * spread) if spread > 0 else 0.0
     value = statistic(np.ones((1, n), dtype=np.int64))[0]
     return Resampled(draws, stats.norm.ppf(_share_below(draws, value)), float(acceleration))
+
+
+def resample_count(resamples: int) -> int:
+    """Return a number of resamples after checking that it gives an interval, and in bearable time.
+
+    Raises:
+        InvalidParameterError: it is no whole number from 100 to a million.
+    """
+    if whole_number(resamples, "the number of resamples", _FEWEST) > _MOST:
+        raise InvalidParameterError(
+            f"the number of resamples must be a whole number, {_FEWEST} or more, up to {_MOST}."
+        )
+    return int(resamples)
 
 
 def draw(resamples: int, strata: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
