@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
-from filelock import FileLock
 
 from emq_lib.core.files import read_manifest, vouched_path
 
@@ -35,6 +34,12 @@ PATIENCE = 20  # seconds that what a killed process started may take to end
 WALL_TIMES = ("seconds", "costs")
 _STEPS = ("os.rename", "os.remove", "os.truncate")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+_HOLD = """
+import sys, filelock
+with filelock.FileLock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 _HEAVY = ("torch._dynamo", "book.studies.bench", "book.studies.proxies", "book.studies.evolution")
 
 
@@ -234,21 +239,13 @@ def _check_finishes(job: Callable[[], object], root: pathlib.Path, truth: dict[s
 @contextlib.contextmanager
 def held(folder: pathlib.Path) -> Iterator[None]:
     """Let another process write a study inside the block: it holds the lock of the study's folder."""
-    started, ended = _server().Event(), _server().Event()
-    process = _server().Process(target=_hold, args=(str(folder / ".lock"), started, ended))
-    process.start()
-    try:
-        assert started.wait(60)
-        yield
-    finally:
-        ended.set()
-        process.join()
-
-
-def _hold(lock: str, started: multiprocessing.synchronize.Event, ended: multiprocessing.synchronize.Event) -> None:
-    with FileLock(lock):
-        started.set()
-        ended.wait()
+    command = [sys.executable, "-c", _HOLD, str(folder / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        try:
+            yield
+        finally:
+            process.communicate()
 
 
 def _blows(calm: Run, kills: int, rng: random.Random) -> Iterator[list[dict[str, float]]]:
