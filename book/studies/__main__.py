@@ -121,8 +121,7 @@ def _make(profile: Profile, filename: str, images: Callable[[], ImageData]) -> N
             tables = heldout.load_tables(profile) | heldout.load_searched(profile)
             allocation.build_quantization(profile, images(), tables)
         case files.COMPARISON:
-            every = (*QUANTIZERS, quantization.RECONSTRUCTED, quantization.TRAINED)
-            quantization.build_comparison(profile, images(), quantizers=every, epochs=10)
+            quantization.build_comparison(profile, images(), **quantization.IN_FULL)
         case files.RUNTIMES:
             runtimes.build_runtimes(profile, images())
 

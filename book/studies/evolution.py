@@ -30,7 +30,7 @@ from emq_lib.core.errors import (
     InvalidParameterError,
     MissingArtefactError,
 )
-from emq_lib.core.files import read_table, sha256, to_json
+from emq_lib.core.files import check_rows, read_table, sha256, to_json
 from emq_lib.core.journal import Journal
 from emq_lib.core.profiles import Profile
 from emq_lib.evolution.evaluator import Evaluator
@@ -314,6 +314,7 @@ def load_evolution(profile: Profile, filename: str = EVOLUTION_LOG) -> list[dict
         found.append(line)
     if not found:
         raise CorruptArtefactError(f"{path} is empty. Restore or rebuild it.")
+    check_rows(path, len(found))
     return found
 
 

@@ -13,10 +13,12 @@ NEUTRAL = (  # how files are kept and work is shared changes no number, which th
     "book.places",
     "book.studies.files",
     "book.studies.origins",
+    "book.studies.roundings",
     "book.studies.study",
     "book.studies.workers",
     "emq_lib.bench.engine",
     "emq_lib.bench.remote",
+    "emq_lib.core.checks",
     "emq_lib.core.errors",
     "emq_lib.core.files",
     "emq_lib.core.journal",
@@ -42,8 +44,9 @@ _METHODS = (
 _LAYERS = ("choices", "pinned", "tied")
 _ROWS = (*_LAYERS, "activation_bits", "bench_images", "calibration_images", "seed")
 _SAMPLES = ("bench_configs", "stratified_configs", "one_bit_configs")
+_SCORES = ("book.studies.proxies:build_proxies", "emq_lib.proxies.handmade")  # a registry that decorators fill
 _SEARCHED = (MODEL, LAYERS, BENCH, STATISTICS)
-_SEARCH = ("book.studies.evolution:_lines", "book.studies.methods:searches", "book.studies.methods:transfers")
+_SEARCH = ("book.studies.evolution:_build", "book.studies.methods:searches", "book.studies.methods:transfers")
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,8 @@ FILES = {  # in an order in which they can be made
             (MODEL,),
             (*_LAYERS, "calibration_images", "seed"),
         ),
-        File(SCORES, "book.studies.proxies:build_proxies", (MODEL, BENCH, STATISTICS), _LAYERS),
-        File(TABLES, "book.studies.proxies:build_proxies", (MODEL, BENCH, STATISTICS), _LAYERS),
+        File(SCORES, "book.studies.proxies:build_proxies", (MODEL, BENCH, STATISTICS), _LAYERS, _SCORES),
+        File(TABLES, "book.studies.proxies:build_proxies", (MODEL, BENCH, STATISTICS), _LAYERS, _SCORES),
         File(
             EVOLUTION_LOG,
             "book.studies.evolution:build_evolution",
@@ -133,12 +136,23 @@ FILES = {  # in an order in which they can be made
             "book.studies.allocation:build_quantization",
             (*_SEARCHED, SCORES, TABLES, EVOLUTION_LOG, SEARCHES, TRANSFER),
             (*_ROWS, "budgets", "quantizer"),
+            (
+                "book.studies.allocation:build_quantization",
+                "book.studies.heldout:load_tables",
+                "book.studies.heldout:load_searched",
+                *DECIDES_ROWS,
+            ),
         ),
         File(
             COMPARISON,
             "book.studies.quantization:build_comparison",
             (MODEL, LAYERS, BENCH, CHOICES),
             (*_ROWS, "quantizer"),
+            (
+                "book.studies.quantization:build_comparison",
+                "book.studies.quantization:IN_FULL",
+                *DECIDES_ROWS,
+            ),
         ),
         File(RUNTIMES, "book.studies.runtimes:build_runtimes", (MODEL, CHOICES), (*_ROWS, "quantizer")),
     )

@@ -19,7 +19,7 @@ from book.studies.study import checked_path, load_table, manifest_of, new_file, 
 from emq_lib.bench.table import read_bench
 from emq_lib.core.datasets import Split
 from emq_lib.core.errors import CorruptArtefactError
-from emq_lib.core.files import to_json
+from emq_lib.core.files import check_rows, to_json
 from emq_lib.core.graphs import fold_batchnorm
 from emq_lib.core.profiles import Profile
 from emq_lib.proxies.handmade import PROXIES, score_table
@@ -112,14 +112,20 @@ def load_proxies(profile: Profile) -> tuple[pd.DataFrame, dict[str, dict]]:
             name: {"variant": str(fact["variant"]), "seconds": float(fact["seconds"]), "table": _table(fact["table"])}
             for name, fact in facts.items()
         }
+        check_rows(path, len(entries))
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise CorruptArtefactError(f"{path} does not hold the proxies ({error}). Restore or rebuild it.") from error
     cells = {"config_id": str} | dict.fromkeys(entries, float)
-    return load_table(profile, SCORES, cells, unique=("config_id",)).set_index("config_id"), entries
+    scores = load_table(profile, SCORES, cells, unique=("config_id",)).set_index("config_id")
+    slots, choices = len(scores.index[0]), len(profile.choices)
+    shapes = ((slots, choices), (slots * choices, slots * choices))
+    if odd := [name for name, entry in entries.items() if entry["table"].shape not in shapes]:
+        raise CorruptArtefactError(f"{path} has a table of another network for {odd[0]!r}. Restore or rebuild it.")
+    return scores, entries
 
 
 def _table(stored: object) -> np.ndarray:
     found = np.array(stored, dtype=np.float64)
-    if found.ndim != 2 or not found.size or not np.isfinite(found).all():
-        raise ValueError("a table of scores has rows of finite numbers")
+    if not np.isfinite(found).all():
+        raise ValueError("a score is NaN or infinite")
     return found

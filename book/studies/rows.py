@@ -20,7 +20,7 @@ from book.studies.networks import load_folded
 from book.studies.study import checked_path, study_folder
 from emq_lib.bench.engine import Measurement
 from emq_lib.bench.remote import measure_anywhere
-from emq_lib.bench.table import MEASURED
+from emq_lib.bench.table import MEASURED, counts_agree
 from emq_lib.core.datasets import ImageData
 from emq_lib.core.errors import CorruptArtefactError
 from emq_lib.core.files import sha256, to_json
@@ -93,6 +93,18 @@ def row_of(item: Measurement) -> dict[str, float | int]:
         "n_a": half,
         "n_b": len(item.correct) - half,
     }
+
+
+def check_measured(table: pd.DataFrame, filename: str) -> pd.DataFrame:
+    """Return a table of measured configurations, bits as text, after checking bits and, where it has them, counts.
+
+    Raises:
+        CorruptArtefactError: bits that are none, or of another network; counts that cannot be.
+    """
+    widths = table["bits"].str.fullmatch("[1-8]+") & (table["bits"].str.len() == len(table["bits"].iloc[0]))
+    if not widths.all() or ("n_a" in table and not counts_agree(table)):
+        raise CorruptArtefactError(f"{filename} holds bits or counts that cannot be. Restore it, or make it again.")
+    return table
 
 
 def row_keys(profile: Profile, data: ImageData, images: int, configs: np.ndarray, *, also: object = None) -> list[str]:

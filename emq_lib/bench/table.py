@@ -255,12 +255,8 @@ def read_bench(path: pathlib.Path) -> pd.DataFrame:
         CorruptArtefactError: not a parquet file, or a column is missing or holds what cannot be.
     """
     table = read_table(path, _CELLS, unique=("quantizer", "config_id"))
-    counted = 100 * (table["correct_a"] + table["correct_b"]) / (table["n_a"] + table["n_b"])
     odd = {
-        "a top-1 that its counts do not give": not np.allclose(table["top1"], counted),
-        "counts that cannot be": not all(
-            table[f"correct_{half}"].between(0, table[f"n_{half}"]).all() for half in "ab"
-        ),
+        "counts that cannot be, or do not give its top-1": not counts_agree(table),
         "a sample that is none": not table["sample"].isin(SAMPLES).all(),
         "configurations of different lengths": table["bits"].map(np.size).nunique() > 1,
         "widths other than those that name the configuration": any(map(_misnamed, table["bits"], table["config_id"])),
@@ -268,6 +264,14 @@ def read_bench(path: pathlib.Path) -> pd.DataFrame:
     if found := [what for what, is_so in odd.items() if is_so]:
         raise CorruptArtefactError(f"{path} holds {', '.join(found)}. Restore it, or make it again.")
     return table
+
+
+def counts_agree(table: pd.DataFrame) -> bool:
+    """Return whether, of the images of each half, as many are correct as there can be, and as the top-1 says."""
+    images, correct = (table[[f"{what}_a", f"{what}_b"]].to_numpy() for what in ("n", "correct"))
+    if (images <= 0).any() or (correct < 0).any() or (correct > images).any():
+        return False
+    return np.allclose(table["top1"], 100 * correct.sum(axis=1) / images.sum(axis=1))
 
 
 def _misnamed(bits: object, name: object) -> bool:

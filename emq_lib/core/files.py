@@ -233,7 +233,8 @@ def read_table(
         options: of the reader.
 
     Raises:
-        CorruptArtefactError: it is empty, no such table, lacks a column, or holds what a column cannot hold.
+        CorruptArtefactError: it is empty, no such table, lacks a column, holds what a column cannot hold, or has other
+            rows than a manifest beside it says.
     """
     kinds = {name: kind for name, kind in columns.items() if kind is not None}
     types = {name: kind if isinstance(kind, type) else get_args(kind)[0] for name, kind in kinds.items()}
@@ -241,6 +242,10 @@ def read_table(
         if path.name.removesuffix(".staged").endswith(".parquet"):
             table = pd.read_parquet(path, **options)
         else:
+            with path.open("rb") as file:
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":
+                    raise ValueError("it is cut off")
             table = pd.read_csv(path, dtype=types, **options)
     except (OSError, ValueError, LookupError, TypeError, OverflowError, pa.ArrowException) as error:
         raise CorruptArtefactError(f"{path} is not a table ({error}). {_RENEW}") from error
@@ -251,7 +256,19 @@ def read_table(
         raise CorruptArtefactError(f"{path} has no rows, or cells that cannot be, in {odd or 'some columns'}. {_RENEW}")
     if unique and table.duplicated(list(unique)).any():
         raise CorruptArtefactError(f"{path} has rows twice: the same {', '.join(unique)}. {_RENEW}")
+    check_rows(path, len(table))
     return table
+
+
+def check_rows(path: pathlib.Path, count: int) -> None:
+    """Compare the number of rows or lines that a file has with what the manifest beside it says, if it does.
+
+    Raises:
+        CorruptArtefactError: there are more or fewer.
+    """
+    entry = read_manifest(path.parent).get(path.name.removeprefix(".").removesuffix(".staged"), {})
+    if entry.get("rows") not in (None, count):
+        raise CorruptArtefactError(f"{path} has {count} rows, not {entry['rows']} as {MANIFEST} says. {_RENEW}")
 
 
 def _holds(column: pd.Series, kind: Kind) -> bool:

@@ -256,6 +256,13 @@ def load_weights(model: nn.Module, path: pathlib.Path) -> nn.Module:
         found = load(path.read_bytes())
         if odd := [name for name, tensor in found.items() if not tensor.isfinite().all()]:
             raise ValueError(f"{odd[0]} holds NaN or infinity")
+        wanted = model.state_dict()
+        if odd := [
+            name
+            for name in wanted.keys() & found.keys()
+            if found[name].is_floating_point() != wanted[name].is_floating_point()
+        ]:
+            raise ValueError(f"{odd[0]} holds {found[odd[0]].dtype} numbers")
         model.load_state_dict(found)
     except (SafetensorError, RuntimeError, OSError, ValueError) as error:
         raise CorruptArtefactError(

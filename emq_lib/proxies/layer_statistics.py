@@ -201,6 +201,8 @@ def _check_stored(stored: Mapping[str, torch.Tensor], expected: Mapping[str, Seq
         found = tuple(stored[name].shape)
         if len(found) != len(shape) or any(want not in (None, size) for size, want in zip(found, shape, strict=True)):
             raise CorruptArtefactError(f"{name!r} has shape {found}, which does not fit the layers: measure it again.")
+        if name.partition("/")[0] in SAMPLES and not stored[name].is_floating_point():
+            raise CorruptArtefactError(f"{name!r} holds {stored[name].dtype} numbers: measure the statistics again.")
         if not torch.isfinite(stored[name]).all():
             raise CorruptArtefactError(f"{name!r} holds NaN or infinity: measure the statistics again.")
 

@@ -94,9 +94,7 @@ BYTES = {
     "random": lambda content: np.random.default_rng(0).bytes(1_000),
     "text": lambda content: b"No such file\n",
     "deep": lambda content: b"[" * 100_000,
-    "not UTF-8": lambda content: (
-        content[:50] + b"\xff\xfe\xfd" + content[53:] if content[:1].isalpha() else b"\xff\xfe"
-    ),
+    "not UTF-8": lambda content: b"\xff\xfe\xfd" + content[3:],
 }
 
 

@@ -141,7 +141,9 @@ def _watch(patch: pytest.MonkeyPatch, looks: list[Look]) -> None:
         looks[-1].made |= {name for name in after if after[name] != before.get(name)}
 
     def read(self, name):
-        if looks and sys._getframe(1).f_code.co_filename not in _COPIERS:
+        caller = sys._getframe(1).f_code
+        checks = caller.co_filename == profiles.__file__ and caller.co_name not in ("rng", "seed_of")
+        if looks and get(self, "name") == TINY.name and not checks and caller.co_filename not in _COPIERS:
             looks[-1].fields.add(name)
         return get(self, name)
 
