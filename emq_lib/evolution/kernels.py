@@ -10,13 +10,14 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-import triton
-import triton.language as tl
-
-from emq_lib.core.errors import InvalidParameterError
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton looks when a function is decorated
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton looks when its own functions are decorated, on import
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+from emq_lib.core.errors import InvalidParameterError  # noqa: E402
+
 TIMES_BITS = "times b"  # the one function that asks for the bit width of its row
 UNARY = ("abs", "pow2", "cube", "negate", "sign", "relu", "leaky_relu", "sqrt", "rsqrt", "cbrt", "invert", "log")
 UNARY += ("abslog", "log1p", "exp", "sigmoid", "tanh", "softplus", "mish", "swish", TIMES_BITS)
