@@ -5,8 +5,9 @@ Explained in chapters 02 and 03.
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -139,10 +140,13 @@ def _ranks(
     partial = intervals.bootstrap_partial_rho(found, top1, covariates, rng=rng)
     sizes = spread.table["size_bytes"].to_numpy()
     binned = intervals.bootstrap_binned_rho(spread_scores, spread.top1, sizes, bins=BINS, rng=rng)
-    others = {
-        statistic.__name__: intervals.bootstrap(statistic, found, top1, rng=rng)
-        for statistic in (ranking.kendall, ranking.weighted_tau, ranking.logit_pearson)
+    images = int(heldout.table[["n_a", "n_b"]].iloc[0].sum())
+    statistics: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+        "kendall": ranking.kendall,
+        "weighted_tau": ranking.weighted_tau,
+        "logit_pearson": functools.partial(ranking.logit_pearson, images=images),
     }
+    others = {name: intervals.bootstrap(statistic, found, top1, rng=rng) for name, statistic in statistics.items()}
     return {
         "quantizer": heldout.quantizer,
         "n": len(heldout),

@@ -105,6 +105,7 @@ def test_standard_error_of_the_trace_is_that_of_the_mean(network, data):
     assert error[0] == pytest.approx(np.std(alone, ddof=1) / 6**0.5, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_random_combinations_of_classes_have_the_same_mean(network, data):
     model, names = network
     exact, _ = curvature.hessian_traces(model, names, data.calibration[:32], combinations=None, generator=_generator())
@@ -119,6 +120,7 @@ def test_random_combinations_of_classes_have_the_same_mean(network, data):
     assert 0.6 < np.median(error / least) < 1.6
 
 
+@pytest.mark.slow
 def test_networks_that_bend_get_hessian_vector_products(smooth):
     """The mean over many probes is the trace of the dense Hessian, within four of its standard errors."""
     model, names, images = smooth
@@ -147,6 +149,7 @@ def test_standard_error_of_probes_is_that_of_batch_means(smooth):
     np.testing.assert_allclose(error, np.std(alone, axis=0, ddof=1) / 3**0.5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_traces_agree_with_curvlinops(network, data):
     from curvlinops import HessianLinearOperator
 
@@ -160,6 +163,7 @@ def test_traces_agree_with_curvlinops(network, data):
     assert trace[0] == pytest.approx(columns.diagonal().sum().item(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_top_eigenvalue_is_that_of_the_dense_hessian(network, data, monkeypatch):
     model, names = network
     images = data.calibration[:12]

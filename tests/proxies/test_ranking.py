@@ -73,16 +73,19 @@ def test_counting_draws_equals_ranking_them(seed, levels, percent):
 
 
 def test_interval_agrees_with_scipys():
+    """The same generator draws the same resamples; ties with the estimate are counted otherwise."""
     x, y = _pair(100, 0.9, 20)
     found = intervals.bootstrap_rho(x, y, resamples=4_000, rng=np.random.default_rng(0))
 
     def rho(a, b, axis):
-        return stats.spearmanr(a, b).statistic if a.ndim == 1 else ranking._correlation(a, b)
+        ranks = (stats.rankdata(values, axis=axis) for values in (a, b))
+        return stats.pearsonr(*ranks, axis=axis).statistic
 
-    other = stats.bootstrap((x, y), rho, paired=True, n_resamples=4_000, method="BCa", rng=np.random.default_rng(1))
-    assert (found.lo, found.hi) == pytest.approx(other.confidence_interval, abs=0.008)
+    other = stats.bootstrap((x, y), rho, paired=True, n_resamples=4_000, method="BCa", rng=np.random.default_rng(0))
+    assert (found.lo, found.hi) == pytest.approx(other.confidence_interval, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("correlation", "n"), [(0.8, 200), (0.99, 100)])
 def test_interval_covers_the_truth_as_often_as_it_says(correlation, n):
     truth = 6 / np.pi * np.arcsin(correlation / 2)  # Spearman's rho of a bivariate normal
@@ -142,6 +145,7 @@ def test_paired_comparison_sees_a_difference_that_unpaired_intervals_hide():
     assert same.p == 1
 
 
+@pytest.mark.slow
 def test_p_values_are_uniform_when_nothing_differs():
     rng = np.random.default_rng(6)
     p = []
@@ -332,6 +336,7 @@ def test_rho_inside_bins_ignores_what_cost_alone_explains():
         intervals.bootstrap_binned_rho(hidden, accuracy, costs, bins=50, rng=rng)
 
 
+@pytest.mark.slow
 def test_interval_inside_bins_covers_the_truth():
     rng, hits = np.random.default_rng(11), 0
     truth = 6 / np.pi * np.arcsin(0.8 / 2)
@@ -343,6 +348,7 @@ def test_interval_inside_bins_covers_the_truth():
     assert 0.90 <= hits / 200 <= 0.985
 
 
+@pytest.mark.slow
 def test_predicted_number_of_configurations_has_the_power_it_promises():
     """Among simulated benches of that size, four in five show the difference."""
     rng = np.random.default_rng(2)
