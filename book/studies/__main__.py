@@ -2,7 +2,7 @@
 
 python -m book.studies status [STUDY ...]
 python -m book.studies build STUDY [FILE ...]
-python -m book.studies keep STUDY FILE --why TEXT [--outdated]
+python -m book.studies keep STUDY FILE ... --why TEXT [--outdated]
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def state(profile: Profile, filename: str) -> str:
     except CorruptArtefactError:
         return "altered"
     if why := outdated(profile, filename):
-        return f"{PUBLISHED}: {why}"
+        return f"{PUBLISHED}: {' '.join(why.split())}"
     reasons = stale_because(profile, filename)
     return f"out of date because {'; '.join(reasons)}" if reasons else UP_TO_DATE
 
@@ -151,11 +151,11 @@ def _keep(profile: Profile, filename: str, why: str, *, although_outdated: bool)
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors take one line, as all others here do."""
+    """A parser whose errors are named like all others here."""
 
     def error(self, message: str) -> NoReturn:
-        """Print what is wrong and end with exit code 2."""
-        self.exit(2, f"error: {message} See {self.prog} --help.\n")
+        """Raise InvalidParameterError."""
+        raise InvalidParameterError(f"{message}. See {self.prog} --help.")
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -169,7 +169,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     one.add_argument("--seed", type=int, default=0, help="SEED of the chapters: a study beside the published one")
     one = actions.add_parser("keep", help="let a file stand after a change of code that changes no number")
     one.add_argument("study", metavar="STUDY")
-    one.add_argument("file", metavar="FILE")
+    one.add_argument("files", nargs="+", metavar="FILE")
     one.add_argument("--why", required=True, metavar="TEXT", help="how that is known, or what is wrong with the file")
     one.add_argument("--outdated", action="store_true", help="publish the file although it is out of date")
     return parser.parse_args(arguments)
@@ -185,7 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             published = get_profile(given.study)
             build(dataclasses.replace(published, seed=published.seed + given.seed), given.files)
         else:
-            _keep(get_profile(given.study), given.file, given.why, although_outdated=given.outdated)
+            profile = get_profile(given.study)
+            for filename in sorted(given.files, key=[*FILES, *given.files].index):  # what others are made from first
+                _keep(profile, filename, given.why, although_outdated=given.outdated)
     except EMQError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2

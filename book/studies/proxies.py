@@ -109,7 +109,11 @@ def load_proxies(profile: Profile) -> tuple[pd.DataFrame, dict[str, dict]]:
     try:
         facts = json.loads(path.read_text())
         entries = {
-            name: {"variant": str(fact["variant"]), "seconds": float(fact["seconds"]), "table": _table(fact["table"])}
+            name: {
+                "variant": str(fact["variant"]),
+                "seconds": float(_finite(fact["seconds"])),
+                "table": _finite(fact["table"]),
+            }
             for name, fact in facts.items()
         }
         check_rows(path, len(entries))
@@ -124,8 +128,8 @@ def load_proxies(profile: Profile) -> tuple[pd.DataFrame, dict[str, dict]]:
     return scores, entries
 
 
-def _table(stored: object) -> np.ndarray:
+def _finite(stored: object) -> np.ndarray:
     found = np.array(stored, dtype=np.float64)
     if not np.isfinite(found).all():
-        raise ValueError("a score is NaN or infinite")
+        raise ValueError("a number is NaN or infinite")
     return found

@@ -94,7 +94,9 @@ BYTES = {
     "random": lambda content: np.random.default_rng(0).bytes(1_000),
     "text": lambda content: b"No such file\n",
     "deep": lambda content: b"[" * 100_000,
-    "not UTF-8": lambda content: b"\xff\xfe\xfd" + content[3:],
+    "not UTF-8": lambda content: (
+        b"\xff\xfe\xfd" + content[3:] if content[:3] != b"PAR" else content[:-3] + b"\xff\xfe\xfd"
+    ),
 }
 
 
@@ -129,7 +131,7 @@ def _number(table):
 
 
 def _texts(table):
-    return [name for name in ("bits", "proxy", "network", "method", "name", "config_id", "quantizer") if name in table]
+    return [name for name in ("proxy", "network", "bits", "method", "name", "config_id", "quantizer") if name in table]
 
 
 TABLES = {
@@ -144,7 +146,7 @@ TABLES = {
     "one text": lambda table: table.assign(**{_number(table): ["high", *map(str, table[_number(table)][1:])]}),
     "a column gone": lambda table: table.drop(columns=_number(table)),
     "a name gone": lambda table: table.drop(columns=_texts(table)[0]),
-    "a name empty": lambda table: table.assign(**{_texts(table)[-1]: None}),
+    "a name empty": lambda table: table.assign(**{_texts(table)[0]: None}),
     "other columns": lambda table: pd.DataFrame({"x": range(len(table))}),
 }
 

@@ -1,10 +1,16 @@
-"""Every file of a study, made by the command line: it knows all that it was made from."""
+"""Files of a study from the command line; each of them knows all that it was made from."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 import watching
 
-from book.studies.files import BENCH, CHECKS, FILES, NEUTRAL
-from book.studies.study import manifest_of, stale_because
+from book.places import REPOSITORY
+from book.studies import __main__ as command_line
+from book.studies.files import BENCH, CHECKS, ENUMERATION, FILES, HELDOUT, LAYERS, MODEL, NEUTRAL, SCORES, TRANSFER
+from book.studies.study import manifest_of, new_file, stale_because
 from emq_lib.core.sources import reached
 
 MADE = sorted(FILES)
@@ -62,3 +68,134 @@ def test_the_code_of_a_file_is_the_code_that_runs(look, filename):
     ran = {place for place in look(filename).functions if place[0] not in (*NEUTRAL, "book.studies.__main__")}
     found = set().union(*(reached(*FILES[made].code, neutral=NEUTRAL) for made in look(filename).made))
     assert ran - found <= {tuple(FILES[filename].builder.split(":"))}
+
+
+DIGITS = "digits-resnet8"
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """Return the list of files that were made: builders write the name of the file, and no images are loaded."""
+    found = []
+
+    def make(profile, filename, _images):
+        found.append(filename)
+        with new_file(profile, filename, seconds=0.0) as path:
+            path.write_text(filename)
+
+    monkeypatch.setenv("EMQ_STUDY_ROOT", str(tmp_path))
+    monkeypatch.setattr(command_line, "_make", make)
+    return found
+
+
+def _run(capsys, *arguments):
+    code = command_line.main(arguments)
+    return code, *capsys.readouterr()
+
+
+def test_only_what_is_missing_or_out_of_date_is_made_and_its_inputs_first(made, tmp_path, capsys):
+    assert _run(capsys, "build", DIGITS, SCORES)[0] == 0
+    assert made == [MODEL, LAYERS, BENCH, "statistics.safetensors", SCORES]
+    made.clear()
+    before = {*manifest_of(command_line.get_profile(DIGITS)), TRANSFER}  # from which no other study can transfer
+    _run(capsys, "build", DIGITS)
+    assert made == [name for name in FILES if name not in before]
+    made.clear()
+    _run(capsys, "build", DIGITS)
+    assert made == []
+    (tmp_path / DIGITS / LAYERS).write_text("altered")
+    code, said, _ = _run(capsys, "build", DIGITS, HELDOUT)
+    assert (code, made) == (0, [LAYERS])  # which is what it was again, and so is all that was made from it
+    assert said.startswith("layers.csv: altered\n")
+
+
+def test_what_is_published_although_out_of_date_is_renewed_if_it_is_meant(made, tmp_path, capsys, monkeypatch):
+    _run(capsys, "build", DIGITS, HELDOUT)
+    assert _run(capsys, "keep", DIGITS, SCORES, "--why", "old numbers", "--outdated")[0] == 0
+    made.clear()
+    _run(capsys, "build", DIGITS, HELDOUT)
+    assert made == []
+    _run(capsys, "build", DIGITS, SCORES)
+    assert made == [SCORES]
+
+
+def test_status_says_how_every_file_is(made, tmp_path, capsys):
+    _run(capsys, "build", DIGITS)
+    (tmp_path / DIGITS / ENUMERATION).write_text("altered")
+    (tmp_path / DIGITS / HELDOUT).unlink()
+    _run(capsys, "keep", DIGITS, CHECKS, "--why", "old\nnumbers", "--outdated")
+    with new_file(command_line.get_profile(DIGITS), LAYERS, seconds=0.0, rows=8) as path:
+        path.write_text("other")
+    code, said, errors = _run(capsys, "status", DIGITS)
+    states = {line.split()[0]: " ".join(line.split()[1:]) for line in said.splitlines()[1:]}
+    assert (code, errors, list(states)) == (0, "", list(FILES))
+    assert states[MODEL] == "up to date"
+    assert states[LAYERS] == "8 up to date"
+    assert states[ENUMERATION] == "altered"
+    assert states[HELDOUT] == states[TRANSFER] == "missing"
+    assert states[CHECKS] == "published although out of date: old numbers"
+    assert states[BENCH] == "out of date because layers.csv has changed"
+    assert _run(capsys, "status") == (0, said, "")  # no other study has files here
+
+
+def test_files_are_kept_in_an_order_in_which_they_can_be(made, tmp_path, capsys, monkeypatch):
+    _run(capsys, "build", DIGITS)
+    path = tmp_path / DIGITS / "manifest.json"
+    path.write_text(path.read_text().replace('"code": "', '"code": "x'))
+    code, said, _ = _run(
+        capsys, "keep", DIGITS, *reversed(manifest_of(command_line.get_profile(DIGITS))), "--why", "moved"
+    )
+    assert code == 0
+    assert {line.partition(": ")[2] for line in said.splitlines()} == {"up to date"}
+
+
+WRONG = [
+    [],
+    ["nothing"],
+    ["status", "nobody"],
+    ["status", "../digits-resnet8"],
+    ["status", "--all"],
+    ["build"],
+    ["build", "nobody"],
+    ["build", ""],
+    ["build", DIGITS, "x.csv"],
+    ["build", DIGITS, MODEL, "../model.safetensors"],
+    ["build", DIGITS, MODEL, "--seed", "x"],
+    ["build", DIGITS, MODEL, "--seed", "-1"],
+    ["keep"],
+    ["keep", DIGITS],
+    ["keep", DIGITS, BENCH],
+    ["keep", DIGITS, BENCH, "--why"],
+    ["keep", DIGITS, BENCH, "--why", "it is missing"],
+    ["keep", DIGITS, "x.csv", "--why", "it is missing"],
+    ["keep", "nobody", BENCH, "--why", "nobody knows it"],
+]
+
+
+@pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
+def test_a_wrong_command_is_answered_in_one_line(made, tmp_path, capsys, arguments):
+    code, said, errors = _run(capsys, *arguments)
+    assert (code, said, made) == (2, "", [])
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_study_that_cannot_be_read_is_answered_in_one_line(made, tmp_path, capsys):
+    (tmp_path / DIGITS).mkdir()
+    (tmp_path / DIGITS / "manifest.json").write_text("[]")
+    for arguments in (["status", DIGITS], ["build", DIGITS], ["keep", DIGITS, MODEL, "--why", "x"]):
+        code, _, errors = _run(capsys, *arguments)
+        assert code == 2
+        assert errors.startswith("error: ")
+        assert errors.count("\n") == 1
+
+
+def test_the_command_works_as_printed_and_says_how_things_are_without_torch(tmp_path):
+    code = "import sys; from book.studies.__main__ import main; main(['status']); sys.exit('torch' in sys.modules)"
+    environment = os.environ | {"EMQ_STUDY_ROOT": str(tmp_path)}
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=environment, check=False).returncode == 0
+    command = [sys.executable, "-m", "book.studies", "build", DIGITS, "x.csv"]
+    found = subprocess.run(command, cwd=REPOSITORY, env=environment, check=False, capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.startswith("error: no study has a file 'x.csv'")
