@@ -11,7 +11,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-from book.studies.study import one_thread
 from emq_lib.core.errors import InvalidParameterError, WorkerLostError
 
 Task, Result = TypeVar("Task"), TypeVar("Result")
@@ -49,6 +48,8 @@ def share(work: Callable[[Task], Result], tasks: Sequence[Task], workers: int | 
 
 
 def _alone(work: Callable[[Task], Result], task: Task) -> Result:
+    from book.studies.study import one_thread  # not above: a worker must watch before it imports PyTorch, for seconds
+
     with one_thread():  # here, not when a worker starts: libraries that work imports would not know of it
         return work(task)
 

@@ -207,6 +207,11 @@ def test_a_second_build_is_refused_at_once(build, busy):
     assert contents(busy) == before
 
 
+def test_a_worker_watches_its_parent_before_it_imports_what_takes_seconds():
+    check = "import sys, book.studies.workers; assert not {'torch', 'numpy', 'pandas'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True)
+
+
 @pytest.mark.parametrize("workers", [0, -1, 2.5, "two"])
 def test_impossible_numbers_of_workers_change_nothing(workers, searched):
     before = contents(searched)
