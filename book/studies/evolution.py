@@ -237,8 +237,8 @@ _SEARCH_COLUMNS = {
     "rejected": int,
     "duplicates": int,
     "goal": float,
-    "search_fitness": float,
-    **dict.fromkeys(_HELDOUT),  # NaN where a formula scores the best of them all alike
+    "search_fitness": float | None,  # empty where a formula scores the best of them all alike
+    **dict.fromkeys(_HELDOUT),  # likewise
     "complexity": int,
     "best": str,
 }
