@@ -155,7 +155,7 @@ def test_scores_that_are_no_finite_table(function, scores):
 
 @pytest.mark.parametrize(
     "found",
-    [None, "x", 3.0, [1.0], 1j, float("nan"), float("-inf"), [[1.0], [2.0]], object()],
+    [None, "x", 3.0, [1.0], 1j, float("nan"), float("-inf"), [[1.0], [2.0]], Ellipsis],
     ids=_name,
 )
 def test_score_functions_that_do_not_give_one_number_per_configuration(found):
@@ -193,7 +193,7 @@ def test_groups_that_name_no_slots(groups):
         exact.allocate(*_given(), groups=groups)
 
 
-@pytest.mark.parametrize("layers", [5, object()])
+@pytest.mark.parametrize("layers", [5, Ellipsis])
 def test_layers_that_are_no_names(layers):
     with pytest.raises(InvalidParameterError, match="layers must be the names"):
         exact.allocate(*_given(), layers=layers)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 
 from emq_lib.core.datasets import Split
-from emq_lib.core.errors import CorruptArtefactError, InvalidParameterError, UnsupportedModelError
+from emq_lib.core.errors import CorruptArtefactError, InvalidBitsError, InvalidParameterError, UnsupportedModelError
 from emq_lib.core.graphs import describe_layers, fold_batchnorm
 from emq_lib.core.models import CifarResNet
 from emq_lib.proxies import curvature, measuring, saliency
@@ -236,6 +236,13 @@ def test_images_that_say_nothing_are_named(change, message, images):
     settings = {"choices": CHOICES, "released": _any_released(), "streams": _streams}
     with pytest.raises(InvalidParameterError, match=message):
         measure_statistics(model, layers, change(images), **settings)
+
+
+@pytest.mark.parametrize("choices", [(), (3, 2), (2, 2), (2, 9), (2.5, 3), None, 3, "23"])
+def test_choices_that_are_none(choices, images):
+    model, layers = _network(BLOCKS)
+    with pytest.raises(InvalidBitsError, match="choices"):
+        measure_statistics(model, layers, images, choices=choices, released=_any_released(), streams=_streams)
 
 
 @pytest.mark.parametrize(
