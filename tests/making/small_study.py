@@ -14,9 +14,9 @@ def make_small() -> None:
     from emq_lib.quantization.brecq import Settings
 
     budget = EvolutionBudget(population=10, iterations=20, seeds=2)
-    counts = {"bench_configs": 100, "stratified_configs": 50, "one_bit_configs": 40}
+    counts = {"bench_configs": 160, "stratified_configs": 110, "one_bit_configs": 60}
     register(replace(get_profile("digits-resnet8"), evolution=budget, **counts))
-    checks.CONFIGS, checks.IN_ORDER, checks.WEIGHTS_ONLY = 20, 5, Settings(iterations=40, activation_iterations=0)
+    checks.CONFIGS, checks.IN_ORDER, checks.WEIGHTS_ONLY = 30, 6, Settings(iterations=20, activation_iterations=0)
     for name in ("build_evolution", "build_transfer"):
         setattr(evolution, name, functools.partial(getattr(evolution, name), workers=1))
     compare, settings = quantization.build_comparison, Settings(iterations=20, activation_iterations=10)
