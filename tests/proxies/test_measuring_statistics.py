@@ -238,10 +238,10 @@ def test_images_that_say_nothing_are_named(change, message, images):
         measure_statistics(model, layers, change(images), **settings)
 
 
-@pytest.mark.parametrize("choices", [(), (3, 2), (2, 2), (2, 9), (2.5, 3), None, 3, "23"])
-def test_choices_that_are_none(choices, images):
+@pytest.mark.parametrize("choices", [(2, 9), (0, 2), (2.5, 3), ("2", 3), (True, 2)])
+def test_widths_that_are_none(choices, images):
     model, layers = _network(BLOCKS)
-    with pytest.raises(InvalidBitsError, match="choices"):
+    with pytest.raises(InvalidBitsError):
         measure_statistics(model, layers, images, choices=choices, released=_any_released(), streams=_streams)
 
 
