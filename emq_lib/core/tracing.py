@@ -100,6 +100,7 @@ def trace(model: nn.Module) -> torch.fx.GraphModule:
             f"torch.fx cannot trace the network ({error}). Control flow that depends on values has to go."
         ) from error
     for node in graph.nodes:
+        node.type = None  # a text, where annotations are not evaluated: such a graph cannot be pickled
         if node.op == "call_module" and "input" in node.kwargs:
             node.args, node.kwargs = (node.kwargs["input"],), {}
     _settle_constants(graph, model)

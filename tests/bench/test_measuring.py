@@ -2,12 +2,14 @@
 
 import dataclasses
 import os
+import pickle
 import resource
 import signal
 import threading
 import time
 
 import pytest
+import torch
 from killing import held
 
 from book.studies import bench, checkpoints, checks
@@ -16,12 +18,22 @@ from book.studies.rows import PARTIAL, PartialRows
 from emq_lib.bench import engine
 from emq_lib.core.errors import DiskFullError, StudyBusyError
 from emq_lib.core.files import atomic_path, sha256
+from emq_lib.core.graphs import fold_batchnorm
+from emq_lib.core.models import INPUT_SHAPES, MODELS, build_model
 
 
 @pytest.fixture
 def small(profile, monkeypatch):
     monkeypatch.setattr(engine, "BLOCK", 4)
     return dataclasses.replace(profile, bench_configs=20, stratified_configs=5, bench_images=100)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("imagenet")])
+def test_a_network_travels_to_workers(name):
+    folded = fold_batchnorm(build_model(name, seed=0).eval())
+    x = torch.randn(2, *INPUT_SHAPES["digits" if name == "resnet8" else "cifar10"], generator=torch.Generator())
+    with torch.inference_mode():
+        assert torch.equal(pickle.loads(pickle.dumps(folded))(x), folded(x))
 
 
 @pytest.mark.slow
