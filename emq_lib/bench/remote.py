@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import pickle
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -45,7 +45,7 @@ def measure_anywhere(
     check_images(network, split)
     blocks = _blocks(network, configs)
     with Client(scheduler) as client:
-        parts = (model, network.bank, network.activation_ranges, split)
+        parts = pickle.dumps((model, network.bank, network.activation_ranges, split))  # workers pass it on as it is
         shared = client.scatter(parts, broadcast=True, hash=False)
         futures = [client.submit(_measure_remotely, shared, block, pure=False, retries=3) for block in blocks]
         for _, block in as_completed(futures, with_results=True):
@@ -56,11 +56,11 @@ _ON_WORKER: dict[str, object] = {}  # the parts that this worker received last, 
 _ONE_AT_A_TIME = threading.Lock()  # a network has one selected configuration
 
 
-def _measure_remotely(parts: tuple, block: Sequence[tuple[int, ...]]) -> list[Measurement]:
+def _measure_remotely(parts: bytes, block: Sequence[tuple[int, ...]]) -> list[Measurement]:
     """Measure one block on a worker, which builds the network from its parts once."""
-    model, bank, activation_ranges, split = parts
     with _ONE_AT_A_TIME:
         if _ON_WORKER.get("parts") is not parts:
-            network = QuantizedNetwork(copy.deepcopy(model), bank, activation_ranges)
-            _ON_WORKER.update(parts=parts, engine=_engine(network, split))
-        return _ON_WORKER["engine"].measure(split, block)
+            model, bank, activation_ranges, split = pickle.loads(parts)
+            network = QuantizedNetwork(model, bank, activation_ranges)
+            _ON_WORKER.update(parts=parts, split=split, engine=_engine(network, split))
+        return _ON_WORKER["engine"].measure(_ON_WORKER["split"], block)

@@ -8,14 +8,16 @@ import signal
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from killing import held
 
 from book.studies import bench, checkpoints, checks
 from book.studies.bench import load_bench
+from book.studies.networks import build_network, load_folded
 from book.studies.rows import PARTIAL, PartialRows
-from emq_lib.bench import engine
+from emq_lib.bench import engine, remote
 from emq_lib.core.errors import DiskFullError, StudyBusyError
 from emq_lib.core.files import atomic_path, sha256
 from emq_lib.core.graphs import fold_batchnorm
@@ -34,6 +36,18 @@ def test_a_network_travels_to_workers(name):
     x = torch.randn(2, *INPUT_SHAPES["digits" if name == "resnet8" else "cifar10"], generator=torch.Generator())
     with torch.inference_mode():
         assert torch.equal(pickle.loads(pickle.dumps(folded))(x), folded(x))
+
+
+def test_a_worker_measures_what_this_process_does(study, small, data):
+    network, _ = build_network(small, data)
+    split, blocks = data.test[:50], [[(2,) * 6, (3,) * 6], [(4,) * 6]]
+    parts = (load_folded(small, "cpu"), network.bank, network.activation_ranges, split)
+    sent = pickle.dumps(parts)
+    found = [item for block in blocks for item in remote._measure_remotely(sent, block)]
+    expected = [item for block in engine.measure(network, split, np.array(sum(blocks, []))) for item in block]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.config, ours.loss) == (theirs.config, theirs.loss)
+        np.testing.assert_array_equal(ours.correct, theirs.correct)
 
 
 @pytest.mark.slow
