@@ -118,7 +118,13 @@ FILES = {  # in an order in which they can be made
             (*_SEARCHED, EVOLUTION_LOG),
             ("quantizer",),
         ),
-        File(TRANSFER, "book.studies.evolution:build_transfer", (), ("evolution", "quantizer", "seed"), _SEARCH),
+        File(
+            TRANSFER,
+            "book.studies.evolution:build_transfer",
+            (),
+            ("calibration_images", "evolution", "quantizer", "seed"),
+            _SEARCH,
+        ),
         File(
             ENUMERATION,
             "book.studies.evolution:build_enumeration",

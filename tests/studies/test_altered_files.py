@@ -17,6 +17,7 @@ from emq_lib.core.errors import CorruptArtefactError
 from emq_lib.core.files import MANIFEST, sha256
 from emq_lib.core.profiles import get_profile
 
+pytestmark = pytest.mark.slow
 DIGITS = get_profile("digits-resnet8")
 LOADERS = {
     files.MODEL: lambda: networks.load_folded(DIGITS, "cpu"),

@@ -16,6 +16,8 @@ from book.studies.workers import share
 from emq_lib.core.errors import InvalidBitsError, InvalidParameterError, StudyBusyError, WorkerLostError
 from emq_lib.core.profiles import get_profile
 
+pytestmark = pytest.mark.slow
+
 
 def _do(task):
     """Do what a task says, and return who did it with how many threads."""
