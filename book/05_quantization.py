@@ -50,7 +50,7 @@ from book.making.chapter import start_chapter
 from book.making.plots import plot_dots, plot_quantizers
 from book.making.tables import show_source, show_table, with_interval
 from book.places import REPOSITORY
-from book.studies import allocation, quantization, runtimes
+from book.studies import allocation, margins, quantization, runtimes
 from book.studies.bench import load_layers
 from book.studies.images import load_dataset
 from book.studies.networks import (
@@ -411,8 +411,8 @@ plt.show()
 
 # %%
 compared = quantization.load_comparison(chapter.profile)
-hits = quantization.held_out_hits(chapter.profile, compared)
-means = hits.map(quantization.mean_of)
+hits = margins.held_out_hits(chapter.profile, compared)
+means = hits.map(margins.mean_of)
 exact = hits.xs("float", level="quantizer").iloc[0]
 names = {
     "rtn": "to nearest",
@@ -455,7 +455,7 @@ plot_quantizers(
 plt.show()
 
 # %%
-versus = quantization.compare_methods(
+versus = margins.compare_methods(
     chapter.profile, compared, "evolved for allocation"
 ).set_index(["quantizer", "average_bits", "proxy"])
 
@@ -484,7 +484,7 @@ claim_difference(
 chapter.claim(
     "rtn_room",
     "No choice could gain more than {:.1f} points there: that is what uniform 3 bits lose.",
-    (mean := quantization.mean_of(exact - hits["rtn", 3.0, "uniform"])).value,
+    (mean := margins.mean_of(exact - hits["rtn", 3.0, "uniform"])).value,
     within={"cifar10-resnet20": (2, 5)},
     interval=(mean.lo, mean.hi),
     n=mean.images,
@@ -499,7 +499,7 @@ claim_difference(
 )
 
 # %%
-lost = quantization.mean_of(exact - hits["brecq", 3.0, "uniform"])
+lost = margins.mean_of(exact - hits["brecq", 3.0, "uniform"])
 chapter.claim(
     "brecq_lost",
     "Under BRECQ uniform 3 bits lose {:.1f} points against the float network.",
@@ -510,7 +510,7 @@ chapter.claim(
 )
 
 # %%
-tight = quantization.mean_of(
+tight = margins.mean_of(
     exact - hits["brecq", 2.25, "evolved for allocation"]
 )
 chapter.claim(
@@ -636,7 +636,7 @@ parts = []
 for study in profile_names():
     other = chapter.study(study)
     if has_study(other, quantization.COMPARISON):
-        part = quantization.compare_methods(
+        part = margins.compare_methods(
             other, quantization.load_comparison(other), "evolved for allocation"
         )
         parts.append(part.query("average_bits <= 3").assign(study=study))

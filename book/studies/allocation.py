@@ -15,8 +15,9 @@ from book.studies.bench import load_bench
 from book.studies.files import CHOICES
 from book.studies.methods import SEARCHED
 from book.studies.networks import build_network
-from book.studies.rows import PARTIAL, measure_resumably
-from book.studies.study import load_table, new_file, sole_writer, study_folder
+from book.studies.roundings import remove_roundings
+from book.studies.rows import PARTIAL, check_measured, measure_resumably
+from book.studies.study import load_table, new_file, sole_writer
 from emq_lib.allocation.approximate import allocate_locally, random_within
 from emq_lib.allocation.exact import Allocation, allocate, budget_for_average_bits
 from emq_lib.core.configs import bits_text
@@ -94,8 +95,8 @@ def build_quantization(profile: Profile, data: ImageData, tables: Mapping[str, M
         data: its images.
         tables: as for :func:`choose_configurations`.
     """
-    with sole_writer(profile):
-        network, layers = build_network(profile, data)
+    with sole_writer(profile) as folder:
+        network, layers = build_network(profile, data, folder=folder)
         size = size_cost(layers, profile.choices)
         bit_operations = bops_cost(layers, profile.choices, activation_bits=profile.activation_bits)
         uniform = load_bench(profile).select("uniform").table
@@ -126,7 +127,8 @@ def build_quantization(profile: Profile, data: ImageData, tables: Mapping[str, M
         table = chosen.merge(measured, on="bits", how="left", validate="many_to_one")
         with new_file(profile, CHOICES, seconds=seconds, rows=len(table)) as path:
             table.to_csv(path, index=False)
-        (study_folder(profile) / PARTIAL).unlink(missing_ok=True)
+        (folder / PARTIAL).unlink(missing_ok=True)
+        remove_roundings(folder)
 
 
 def load_quantization(profile: Profile) -> pd.DataFrame:
@@ -152,4 +154,5 @@ _CELLS = {
 
 def _load(profile: Profile) -> pd.DataFrame:
     table = load_table(profile, CHOICES, _CELLS, unique=("proxy", "variant", "average_bits", "seed"))
+    check_measured(table, CHOICES)
     return table.assign(half_b=100 * table["correct_b"] / table["n_b"])

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from book.studies.networks import build_network
+from book.studies.roundings import remove_roundings
 from book.studies.rows import PARTIAL, measure_resumably
 from book.studies.study import checked_path, new_file, seconds_of, sole_writer, study_folder
 from emq_lib.bench.sampling import one_bit_configs, one_off_configs, sample_configs, stratified_configs
@@ -78,7 +79,7 @@ def build_bench(
     with sole_writer(profile) as folder:
         started = time.perf_counter()
         choices = widths(profile)
-        network, layers = build_network(dataclasses.replace(profile, choices=choices), data)
+        network, layers = build_network(dataclasses.replace(profile, choices=choices), data, folder=folder)
         preparation = time.perf_counter() - started
         rows = design(profile, layers)
         configs = np.stack(rows["bits"].to_numpy())
@@ -105,6 +106,7 @@ def build_bench(
         with new_file(profile, BENCH, seconds=seconds, rows=len(table)) as path:
             table[list(COLUMNS)].to_parquet(path, index=False)
         (folder / PARTIAL).unlink(missing_ok=True)
+        remove_roundings(folder)
 
 
 def _present_table(profile: Profile) -> tuple[pd.DataFrame, float]:

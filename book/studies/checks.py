@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 from book.studies.bench import load_bench
 from book.studies.files import CHECKS, NEUTRAL
 from book.studies.networks import build_network, layer_table, load_folded
-from book.studies.rows import PARTIAL, PartialRows, measure_resumably, row_keys, row_of
+from book.studies.roundings import remove_roundings
+from book.studies.rows import PARTIAL, PartialRows, check_measured, measure_resumably, row_keys, row_of
 from book.studies.study import checked_path, load_table, new_file, sole_writer, study_folder
 from emq_lib.bench.engine import measure
 from emq_lib.core.configs import bits_text
@@ -53,7 +54,7 @@ def build_checks(profile: Profile, data: ImageData) -> None:
         tables = []
         for quantizer, draw in itertools.product(QUANTIZERS, range(DRAWS)):
             variant, drawn = (dataclasses.replace(profile, quantizer=quantizer), with_calibration(data, draw))
-            network, _ = build_network(variant, drawn)
+            network, _ = build_network(variant, drawn, folder=folder)
             rows, _ = measure_resumably(variant, network, drawn, configs, images=profile.bench_images, known=known)
             tables.append(rows.assign(quantizer=quantizer, draw=draw, bits=list(map(bits_text, configs))))
         rows, seconds = _measure_in_order(profile, data, configs[:IN_ORDER])
@@ -62,13 +63,14 @@ def build_checks(profile: Profile, data: ImageData) -> None:
         with new_file(profile, CHECKS, seconds=seconds, rows=len(table)) as path:
             table.to_csv(path, index=False)
         (folder / PARTIAL).unlink(missing_ok=True)
+        remove_roundings(folder)
 
 
 def load_checks(profile: Profile) -> pd.DataFrame:
     """Return a study's ``checks.csv``; `bits` is text."""
     whole, parts = ("draw", "correct_a", "correct_b", "n_a", "n_b"), ("top1", "loss")
     cells = dict.fromkeys(COLUMNS, str) | dict.fromkeys(whole, int) | dict.fromkeys(parts, float)
-    return load_table(profile, CHECKS, cells, unique=("quantizer", "draw", "bits"))
+    return check_measured(load_table(profile, CHECKS, cells, unique=("quantizer", "draw", "bits")), CHECKS)
 
 
 def with_calibration(data: ImageData, draw: int) -> ImageData:

@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from book.studies.roundings import KeptRoundings
 from book.studies.study import checked_path
 from emq_lib.core import quantizers
 from emq_lib.core.bank import build_weight_bank
@@ -67,8 +68,16 @@ def load_folded(profile: Profile, device: torch.device | str) -> torch.fx.GraphM
     return fold_batchnorm(load_checkpoint(profile, checked_path(profile, "model.safetensors"))).to(device)
 
 
-def build_network(profile: Profile, data: ImageData) -> tuple[QuantizedNetwork, pd.DataFrame]:
+def build_network(
+    profile: Profile, data: ImageData, *, folder: pathlib.Path | None = None
+) -> tuple[QuantizedNetwork, pd.DataFrame]:
     """Return the study's quantized network and its layer table, from the checkpoint in the study's folder.
+
+    Args:
+        profile: the study.
+        data: its images.
+        folder: where learned roundings are kept, layer by layer, by who writes the study: see
+            :mod:`book.studies.roundings`.
 
     Raises:
         DatasetMismatchError: the images have another number of classes than the network.
@@ -82,7 +91,8 @@ def build_network(profile: Profile, data: ImageData) -> tuple[QuantizedNetwork, 
             f"{layers['channels'].iloc[-1]} apart. Check the class folders."
         )
     if profile.quantizer == "adaround":
-        bank = adaround.build_adaround_bank(model, layers, profile.choices, data.calibration)
+        kept = None if folder is None else KeptRoundings(folder, model, data.calibration)
+        bank = adaround.build_adaround_bank(model, layers, profile.choices, data.calibration, finished=kept)
     else:
         bank = build_weight_bank(model, layers, profile.choices)
     ranges = quantizers.choose_activation_ranges(model, layers, data.calibration, bits=profile.activation_bits)

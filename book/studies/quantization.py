@@ -8,9 +8,9 @@ from __future__ import annotations
 import base64
 import dataclasses
 import functools
-import hashlib
 import itertools
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,18 +18,19 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from scipy import stats
 from tqdm.auto import tqdm
 
 from book.studies import rows as measured_rows
 from book.studies.allocation import load_quantization
 from book.studies.bench import load_bench, load_layers
 from book.studies.checks import with_calibration
-from book.studies.files import COMPARISON
+from book.studies.files import BENCH, COMPARISON, NEUTRAL
 from book.studies.images import load_dataset
+from book.studies.margins import FLOAT, images_of_half_a
 from book.studies.networks import build_network, layer_table, load_folded
-from book.studies.rows import PartialRows, measure_resumably, row_keys
-from book.studies.study import load_table, new_file, seconds_of, sole_writer, study_folder
+from book.studies.roundings import remove_roundings
+from book.studies.rows import PartialRows, measure_resumably, row_keys, tensor_digest
+from book.studies.study import load_table, manifest_of, new_file, seconds_of, sole_writer, study_folder
 from book.studies.workers import share
 from emq_lib.allocation.approximate import random_within
 from emq_lib.allocation.exact import budget_for_average_bits
@@ -38,21 +39,27 @@ from emq_lib.core.configs import bits_text, parse_bits
 from emq_lib.core.costs import bops_cost, size_cost
 from emq_lib.core.datasets import ImageData
 from emq_lib.core.errors import CorruptArtefactError, MissingArtefactError
-from emq_lib.core.files import read_table, to_json, vouched_path
+from emq_lib.core.files import read_table, vouched_path
 from emq_lib.core.models import predict, top1
 from emq_lib.core.profiles import QUANTIZERS, Profile
 from emq_lib.core.sources import code_hash
-from emq_lib.proxies.intervals import holm
 from emq_lib.quantization.brecq import LAPTOP, Settings, reconstruct_in_order
 from emq_lib.quantization.qat import QatRecipe, train_quantized
 
 BUDGETS = (2.25, 2.5, 3.0, 3.5)
 COMPARED = ("uniform", "random", "bit sum", "HAWQ-V2", "OMPQ", "one-layer KL", "evolved", "evolved for allocation")
-BEST_OF_RANDOM, FLOAT = "best of random", "float"
+BEST_OF_RANDOM = "best of random"
 PARTIAL = "comparison.partial.jsonl"
 RECONSTRUCTED, TRAINED = ("brecq", "qat")  # these cost a run for every configuration
 TRAINED_METHODS, TRAINED_BUDGETS = (("uniform", "one-layer KL", "evolved for allocation"), (2.25, 3.0))
+IN_FULL = {"quantizers": (*QUANTIZERS, RECONSTRUCTED, TRAINED), "epochs": 10}  # what the book shows
 KEPT = ["top1", "loss", "correct", "quantize_seconds"]
+_CELLS = {
+    **dict.fromkeys(("proxy", "bits", "quantizer", "key"), str),
+    **dict.fromkeys(("average_bits", "search_seconds", "quantize_seconds", "top1", "loss"), float),
+    **dict.fromkeys(("seed", "images", "size_bytes", "bops"), int),
+    "correct": None,
+}
 
 
 @dataclass(frozen=True)
@@ -90,9 +97,12 @@ def choose(profile: Profile, data: ImageData) -> pd.DataFrame:
 def _best_of_random(profile: Profile, data: ImageData) -> pd.DataFrame:
     """Draw random configurations of each budget's size, as many as the search looked at; keep the best on half A."""
     rows = _known_best(profile, data)
-    network, _ = build_network(profile, data)
-    images, rest = ((profile.bench_images or len(data.test)) // 2, set(BUDGETS) - {row["average_bits"] for row in rows})
-    for average in sorted(rest):
+    rest = sorted(set(BUDGETS) - {row["average_bits"] for row in rows})
+    if not rest:
+        return pd.DataFrame(rows)
+    network, _ = build_network(profile, data, folder=study_folder(profile))
+    images = min(images_of_half_a(profile), len(data.test))
+    for average in rest:
         started = time.perf_counter()
         texts = drawn_at_random(profile, average)
         configs = np.array([parse_bits(text) for text in texts], dtype=np.int8)
@@ -105,9 +115,10 @@ def _best_of_random(profile: Profile, data: ImageData) -> pd.DataFrame:
 
 
 def _known_best(profile: Profile, data: ImageData) -> list[dict]:
-    """Return the best random choices of the present table whose measurement still holds."""
-    table = _present_table(profile)
-    if table is None:
+    """Return the best random choices of the present table, drawn for the present bench, that were measured as now."""
+    table, entries = _present_table(profile), manifest_of(profile)
+    bench = entries.get(BENCH, {}).get("sha256")
+    if table is None or entries.get(COMPARISON, {}).get("inputs", {}).get(BENCH) != bench:
         return []
     found = table[(table["proxy"] == BEST_OF_RANDOM) & (table["quantizer"] == QUANTIZERS[0]) & (table["seed"] == 0)]
     found = found[found["key"] == _keys(profile, data, found, None)]
@@ -162,17 +173,7 @@ def build_comparison(
     data = _with_test_images(data, images)
     with sole_writer(profile) as folder:
         started = time.perf_counter()
-        chosen = choose(profile, data)
-        trained = chosen["proxy"].isin(TRAINED_METHODS) & chosen["average_bits"].isin(TRAINED_BUDGETS)
-        wanted = pd.concat(
-            [
-                chosen[chosen["seed"].isin((-1, seed)) & (trained | (quantizer != TRAINED))].assign(
-                    quantizer=quantizer, seed=seed
-                )
-                for quantizer, seed in itertools.product(quantizers, range(seeds))
-            ],
-            ignore_index=True,
-        )
+        wanted = _wanted(choose(profile, data), quantizers, seeds)
         finished = PartialRows(folder / PARTIAL)
         before, seconds_before = _present_rows(profile)
         rows = before | finished.read()
@@ -187,15 +188,7 @@ def build_comparison(
                 finished.append(new, seconds=sum(row["quantize_seconds"] for row in new.values()))
                 rows |= new
                 progress.update(len(new))
-        table = wanted.join(pd.DataFrame([rows[key] for key in wanted["key"]])[KEPT])
-        table["correct"] = table["correct"].map(base64.b64decode)
-        model = load_folded(profile, data.test.images.device)
-        layers = layer_table(model, profile)
-        configs = np.array([parse_bits(bits) for bits in table["bits"]], dtype=np.int8)
-        bops = bops_cost(layers, profile.choices, activation_bits=profile.activation_bits)
-        table["size_bytes"] = size_cost(layers, profile.choices).total(configs, profile.choices).astype(np.int64)
-        table["bops"] = bops.total(configs, profile.choices).astype(np.int64)
-        table = pd.concat([table, _float_row(model, layers, data)], ignore_index=True).assign(images=len(data.test))
+        table = _described(profile, data, wanted.join(pd.DataFrame([rows[key] for key in wanted["key"]])[KEPT]))
         spent = {
             RECONSTRUCTED: f"{settings.iterations} steps per block, {settings.activation_iterations} for its inputs",
             TRAINED: f"{epochs} epochs",
@@ -206,6 +199,33 @@ def build_comparison(
             table.to_parquet(path, index=False, compression="zstd")
         for name in (PARTIAL, measured_rows.PARTIAL):
             (folder / name).unlink(missing_ok=True)
+        remove_roundings(folder)
+
+
+def _wanted(chosen: pd.DataFrame, quantizers: Sequence[str], seeds: int) -> pd.DataFrame:
+    """Return the rows to measure: every choice under every quantizer and seed, for "qat" some of them."""
+    trained = chosen["proxy"].isin(TRAINED_METHODS) & chosen["average_bits"].isin(TRAINED_BUDGETS)
+    parts = [
+        chosen[chosen["seed"].isin((-1, seed)) & (trained | (quantizer != TRAINED))].assign(
+            quantizer=quantizer, seed=seed
+        )
+        for quantizer, seed in itertools.product(quantizers, range(seeds))
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _described(profile: Profile, data: ImageData, table: pd.DataFrame) -> pd.DataFrame:
+    """Return measured rows with what they cost, and the float network below them."""
+    model = load_folded(profile, data.test.images.device)
+    layers, choices = layer_table(model, profile), profile.choices
+    configs = np.array([parse_bits(bits) for bits in table["bits"]], dtype=np.int8)
+    bops = bops_cost(layers, choices, activation_bits=profile.activation_bits)
+    table = table.assign(
+        correct=table["correct"].map(base64.b64decode),
+        size_bytes=size_cost(layers, choices).total(configs, choices).astype(np.int64),
+        bops=bops.total(configs, choices).astype(np.int64),
+    )
+    return pd.concat([table, _float_row(model, layers, data)], ignore_index=True).assign(images=len(data.test))
 
 
 def _float_row(model: torch.nn.Module, layers: pd.DataFrame, data: ImageData) -> pd.DataFrame:
@@ -273,9 +293,9 @@ def quantize_and_measure(profile: Profile, data: ImageData, effort: Effort, job:
     started = time.perf_counter()
     drawn = with_calibration(data, job.seed)
     variant = dataclasses.replace(profile, quantizer=job.quantizer if job.quantizer in QUANTIZERS else QUANTIZERS[0])
-    network, layers = build_network(variant, drawn)
+    network, layers = build_network(variant, drawn, folder=study_folder(profile))
     configs = np.array([parse_bits(bits) for bits in job.configs], dtype=np.int8)
-    ranges, generator = (network.activation_ranges, profile.generator(f"comparison, seed {job.seed}"))
+    ranges, generator = network.activation_ranges, profile.generator(_stream(job.seed))
     if job.quantizer in (RECONSTRUCTED, TRAINED):
         model = load_folded(profile, data.test.images.device)
     if job.quantizer == RECONSTRUCTED:
@@ -301,28 +321,38 @@ def _keys(profile: Profile, data: ImageData, wanted: pd.DataFrame, effort: Effor
     for (quantizer, seed), group in wanted.groupby(["quantizer", "seed"]):
         variant = dataclasses.replace(profile, quantizer=quantizer if quantizer in QUANTIZERS else QUANTIZERS[0])
         configs = np.array([parse_bits(bits) for bits in group["bits"]])
-        plain = row_keys(variant, with_calibration(data, seed), len(data.test), configs)
-        how = (
-            {}
-            if effort is None
-            else {
-                RECONSTRUCTED: [dataclasses.asdict(effort.settings), code_hash("emq_lib.quantization.brecq")],
-                TRAINED: [dataclasses.asdict(effort.recipe), code_hash("emq_lib.quantization.qat")],
-            }
-        )
-        text = to_json(how[quantizer]) if quantizer in how else ""
-        for index, key in zip(group.index, plain, strict=True):
-            keys[index] = hashlib.blake2b(f"{quantizer} {text} {key}".encode(), digest_size=12).hexdigest()
+        also = [quantizer, *_also(profile, data, quantizer, seed, effort=effort)]
+        found = row_keys(variant, with_calibration(data, seed), len(data.test), configs, also=also)
+        keys |= dict(zip(group.index, found, strict=True))
     return [keys[index] for index in wanted.index]
+
+
+def _also(profile: Profile, data: ImageData, quantizer: str, seed: int, *, effort: Effort | None) -> list[object]:
+    """Return what the rows of a quantizer that learns depend on besides what all rows do."""
+    stream = profile.seed_of(_stream(seed))
+    if quantizer == RECONSTRUCTED:
+        code = code_hash("emq_lib.quantization.brecq:reconstruct_in_order", neutral=NEUTRAL)
+        return [dataclasses.asdict(effort.settings), code, stream]
+    if quantizer == TRAINED:
+        code = code_hash("emq_lib.quantization.qat:train_quantized", neutral=NEUTRAL)
+        return [dataclasses.asdict(effort.recipe), code, stream, tensor_digest(data.train.images, data.train.labels)]
+    return []
+
+
+def _stream(seed: int) -> str:
+    """Return the name of the random stream that batches of reconstruction and training are drawn from."""
+    return f"comparison, seed {seed}"
 
 
 def _present_table(profile: Profile) -> pd.DataFrame | None:
     """Return the study's present table, which may be out of date: its rows hold or not one by one, by their keys."""
     try:
-        path = vouched_path(study_folder(profile), COMPARISON)
+        return _checked(read_table(vouched_path(study_folder(profile), COMPARISON), _CELLS), profile)
     except MissingArtefactError:
         return None
-    return read_table(path, dict.fromkeys(("proxy", "quantizer", "seed", "key", *KEPT)))
+    except CorruptArtefactError as error:
+        warnings.warn(f"{error} Its rows are measured anew.", stacklevel=2)
+        return None
 
 
 def _present_rows(profile: Profile) -> tuple[dict[str, dict], float]:
@@ -335,107 +365,25 @@ def _present_rows(profile: Profile) -> tuple[dict[str, dict], float]:
     return table[KEPT].to_dict("index"), seconds_of(profile, COMPARISON)
 
 
-_CELLS = {
-    **dict.fromkeys(("proxy", "bits", "quantizer", "key"), str),
-    **dict.fromkeys(("average_bits", "search_seconds", "quantize_seconds", "top1", "loss"), float),
-    **dict.fromkeys(("seed", "images", "size_bytes", "bops"), int),
-    "correct": None,
-}
-
-
-def _packs(correct: object, images: int) -> bool:
-    """Return whether bytes hold one bit for each image."""
-    return isinstance(correct, bytes) and len(correct) == -(-images // 8)
+def _checked(table: pd.DataFrame, profile: Profile) -> pd.DataFrame:
+    """Return a table after checking that each row holds one bit for each image."""
+    for correct, images in zip(table["correct"], table["images"], strict=True):
+        if not isinstance(correct, bytes) or len(correct) != -(-images // 8):
+            raise CorruptArtefactError(
+                f"{COMPARISON} of {profile.name!r} lacks images of a row. Restore or rebuild it."
+            )
+    return table
 
 
 def load_comparison(profile: Profile) -> pd.DataFrame:
     """Return the study's table of :func:`build_comparison`, with `hits`: bool arrays, one entry per test image."""
     table = load_table(profile, COMPARISON, _CELLS, unique=("proxy", "average_bits", "seed", "quantizer"))
-    if not all(map(_packs, table["correct"], table["images"])):
-        raise CorruptArtefactError(f"{COMPARISON} of {profile.name!r} lacks images of a row. Restore or rebuild it.")
+    _checked(table, profile)
+    measured_rows.check_measured(table[table["quantizer"] != FLOAT], COMPARISON)
     hits = [
         np.unpackbits(np.frombuffer(row.correct, np.uint8), count=row.images).astype(bool) for row in table.itertuples()
     ]
-    return table.drop(columns="correct").assign(hits=hits)
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean over images and seeds, in points: the estimate, its 95 % interval, and the p-value of being zero."""
-
-    value: float
-    lo: float
-    hi: float
-    p_value: float
-    images: int
-    seeds: int
-
-
-def mean_of(values: np.ndarray) -> Mean:
-    """Estimate the mean of a table of seeds by images, both of which are samples.
-
-    The variance of the mean is that over images of each image's mean, plus that over seeds of each seed's mean, each
-    divided by their number; degrees of freedom as by Welch and Satterthwaite. With one seed only images count.
-
-    Args:
-        values: shape (seeds, images): hits, or differences of hits of two methods on the same images.
-
-    >>> mean_of(np.array([[1.0, 0.0, 1.0, 1.0]])).value
-    75.0
-    """
-    values = 100 * np.atleast_2d(np.asarray(values, dtype=np.float64))
-    seeds, images = values.shape
-    parts = [(values.mean(axis=0).var(ddof=1) / images, images - 1)]
-    if seeds > 1:
-        parts.append((values.mean(axis=1).var(ddof=1) / seeds, seeds - 1))
-    variance, value = sum(part for part, _ in parts), float(values.mean())
-    if variance == 0:
-        return Mean(value, value, value, float(value == 0), images, seeds)
-    freedom = variance**2 / sum(part**2 / free for part, free in parts)
-    margin = stats.t.ppf(0.975, freedom) * variance**0.5
-    p_value = 2 * stats.t.sf(abs(value) / variance**0.5, freedom)
-    return Mean(value, value - margin, value + margin, float(p_value), images, seeds)
-
-
-def held_out_hits(profile: Profile, table: pd.DataFrame) -> pd.Series:
-    """Return each method's hits, 0 or 1, on images that no search has seen, shape (seeds, images).
-
-    Evolution and the best random configuration were chosen on half A of the bench's images; the others are left.
-
-    Args:
-        profile: the study.
-        table: of :func:`load_comparison`.
-
-    Returns:
-        series of arrays, index (quantizer, average_bits, proxy).
-    """
-    groups = table.sort_values("seed").groupby(["quantizer", "average_bits", "proxy"], sort=False)
-    first = (profile.bench_images or int(table["images"].iloc[0])) // 2
-    return groups.apply(lambda rows: np.stack(rows["hits"])[:, first:].astype(np.float64))
-
-
-def compare_methods(profile: Profile, table: pd.DataFrame, method: str) -> pd.DataFrame:
-    """Return by how much one method's choices are above the others', image by image.
-
-    Args:
-        profile: the study.
-        table: of :func:`load_comparison`.
-        method: the one that the others are compared with.
-
-    Returns:
-        columns quantizer, average_bits, proxy (the other), value, lo, hi, p_value (two-sided), holm (the p-values of
-        one quantizer and budget adjusted by Holm's method), images, seeds.
-    """
-    hits, rows = held_out_hits(profile, table), []
-    hits = hits[hits.index.get_level_values("quantizer") != FLOAT]
-    for (quantizer, average), group in hits.groupby(level=[0, 1], sort=False):
-        by_proxy = group.droplevel([0, 1])
-        if method in by_proxy:
-            own = by_proxy[method]
-            for proxy, other in by_proxy.drop(method).items():
-                shared = min(len(own), len(other))
-                found = dataclasses.asdict(mean_of(own[:shared] - other[:shared]))
-                rows.append({"quantizer": quantizer, "average_bits": average, "proxy": proxy} | found)
-    found = pd.DataFrame(rows)
-    adjusted = found.groupby(["quantizer", "average_bits"], sort=False)["p_value"].transform(lambda p: holm(list(p)))
-    return found.assign(holm=adjusted)
+    table = table.drop(columns="correct").assign(hits=hits)
+    if not np.allclose(table["top1"], [100 * row.mean() for row in hits]):
+        raise CorruptArtefactError(f"{COMPARISON} has a top-1 that its images do not give. Restore or rebuild it.")
+    return table

@@ -1,7 +1,6 @@
 """The comparison under every quantizer: rows are what direct measurement gives, and survive interruptions."""
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from book.studies import quantization
@@ -89,37 +88,3 @@ def test_the_best_of_random_is_the_best_on_half_a(choices, profile, data):
     configs = np.array([parse_bits(bits) for bits in quantization.drawn_at_random(profile, 3.0)])
     found = [item for block in measure(network, half, configs) for item in block]
     assert max(item.top1 for item in found) == next(i.top1 for i in found if bits_text(i.config) == drawn["bits"])
-
-
-def test_intervals_cover_the_truth_as_often_as_they_say():
-    """Hits drawn with known effects of images and of seeds; half of the seeds' spread is common to all images."""
-    rng, covered, truth = np.random.default_rng(0), 0, 70.0
-    for _ in range(400):
-        ease, luck = rng.normal(0, 0.15, (1, 300)), rng.normal(0, 0.02, (3, 1))
-        found = quantization.mean_of(truth / 100 + ease + luck + rng.normal(0, 0.1, (3, 300)))
-        covered += found.lo <= truth <= found.hi
-    assert 0.92 <= covered / 400 <= 1.0
-
-
-def test_differences_are_taken_image_by_image_and_on_images_that_no_search_saw(profile):
-    rng, rows = np.random.default_rng(1), []
-    for seed in range(3):
-        own = rng.random(400) < 0.8
-        own[:200] = True  # half A, on which configurations were chosen
-        flipped = own.copy()
-        flipped[200:230] = ~flipped[200:230]
-        rows += [
-            {"proxy": name, "hits": hits, "seed": seed, "quantizer": "rtn", "average_bits": 3.0, "images": 400}
-            for name, hits in (("evolved", own), ("random", flipped), ("uniform", own))
-        ]
-    table = pd.DataFrame(rows)
-    found = quantization.compare_methods(profile, table, "evolved").set_index("proxy")
-    hits = quantization.held_out_hits(profile, table)["rtn", 3.0]
-    assert hits["evolved"].shape == (3, 200)
-    assert found.loc["uniform", ["value", "lo", "hi", "p_value"]].tolist() == [0, 0, 0, 1]
-    expected = 100 * (hits["evolved"].mean() - hits["random"].mean())
-    assert found.loc["random", "value"] == pytest.approx(expected)
-    apart = quantization.mean_of(hits["evolved"]), quantization.mean_of(hits["random"])
-    width = found.loc["random", "hi"] - found.loc["random", "lo"]
-    assert width < apart[0].hi - apart[0].lo + apart[1].hi - apart[1].lo
-    assert (found["holm"] >= found["p_value"]).all()
