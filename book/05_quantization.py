@@ -510,9 +510,7 @@ chapter.claim(
 )
 
 # %%
-tight = margins.mean_of(
-    exact - hits["brecq", 2.25, "evolved for allocation"]
-)
+tight = margins.mean_of(exact - hits["brecq", 2.25, "evolved for allocation"])
 chapter.claim(
     "brecq_tight",
     "Under BRECQ the evolved choice at 2.25 bits on average loses {:.1f} points against the float network.",

@@ -11,12 +11,14 @@ def make_small() -> None:
 
     from book.studies import checks, evolution, quantization
     from emq_lib.core.profiles import EvolutionBudget, get_profile, register
+    from emq_lib.quantization import adaround
     from emq_lib.quantization.brecq import Settings
 
     budget = EvolutionBudget(population=10, iterations=20, seeds=2)
     counts = {"bench_configs": 160, "stratified_configs": 110, "one_bit_configs": 60}
     register(replace(get_profile("digits-resnet8"), evolution=budget, **counts))
     checks.CONFIGS, checks.IN_ORDER, checks.WEIGHTS_ONLY = 30, 6, Settings(iterations=20, activation_iterations=0)
+    adaround.ITERATIONS = 50
     for name in ("build_evolution", "build_transfer"):
         setattr(evolution, name, functools.partial(getattr(evolution, name), workers=1))
     compare, settings = quantization.build_comparison, Settings(iterations=20, activation_iterations=10)
