@@ -20,6 +20,9 @@ from book.studies.study import new_file
 from emq_lib.core.profiles import get_profile
 
 
+collect_ignore = ["making/small_study.py"]  # it changes the process that imports it
+
+
 def pytest_collection_modifyitems(items):
     """Chapters first, which take longest, then the pages."""
     items.sort(key=lambda item: [item.get_closest_marker(marker) is None for marker in ("chapters", "browser")])

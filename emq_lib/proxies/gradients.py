@@ -144,12 +144,21 @@ def gradients_at(
         kwargs: of :func:`torch.autograd.grad`.
 
     Raises:
-        UnsupportedModelError: the values do not depend on one of the layers; the message names it.
+        UnsupportedModelError: the values do not depend on one of the layers; the message names it. Or PyTorch cannot
+            differentiate them, because the network writes over a tensor that gradients need.
     """
     gradients = [None]
     if values.requires_grad:
         wanted = list(at.values())
-        gradients = list(torch.autograd.grad(values, wanted, grad_outputs=seed, allow_unused=True, **kwargs))
+        try:
+            gradients = list(torch.autograd.grad(values, wanted, grad_outputs=seed, allow_unused=True, **kwargs))
+        except RuntimeError as error:
+            if "inplace operation" not in str(error):
+                raise
+            raise UnsupportedModelError(
+                "The network writes over a tensor that its gradients need: take what fold_batchnorm returns, which "
+                "computes the same without operations in place."
+            ) from error
     for name, gradient in zip(at, gradients, strict=False):
         if gradient is None:
             raise UnsupportedModelError(f"The output does not depend on layer {name!r}.")

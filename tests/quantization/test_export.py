@@ -207,12 +207,14 @@ def test_bad_networks_are_refused_and_the_old_file_stays(packed):
     before = packed.read_bytes()
     weights, biases = small_network()
     fc = weights["fc"]
+    none = torch.zeros_like(fc.zero_point)
     cases = [
         (weights, biases | {"head": torch.zeros(3)}, r"without a weight: \['head'\]"),
         (weights, biases | {"fc": torch.zeros(4)}, "bias of layer 'fc'"),
         (weights, biases | {"fc": torch.zeros(3, dtype=torch.float64)}, "bias of layer 'fc'"),
         (weights | {"fc": QuantizedWeight(fc.codes, fc.scale.double(), fc.zero_point, 2)}, biases, "scale of layer"),
-        (weights | {"fc": QuantizedWeight(fc.codes, fc.scale, fc.zero_point, 1)}, biases, "does not fit into 1 bits"),
+        (weights | {"fc": QuantizedWeight(fc.codes, fc.scale, fc.zero_point, 1)}, biases, "beyond the codes of 1 bits"),
+        (weights | {"fc": QuantizedWeight(fc.codes, fc.scale, none, 1)}, biases, "does not fit into 1 bits"),
     ]
     for bad_weights, bad_biases, message in cases:
         with pytest.raises(InvalidParameterError, match=message):
@@ -312,7 +314,7 @@ def test_the_onnx_file_holds_the_codes_in_4_or_8_bits(network, data, tmp_path):
 
 def test_what_onnx_cannot_hold_is_named_and_nothing_is_written(network, data, tmp_path):
     for layer in network.layers.values():
-        layer.activation_range = dataclasses.replace(layer.activation_range, bits=6)
+        layer.activation_range = dataclasses.replace(layer.activation_range, zero_point=0, bits=6)
     with pytest.raises(InvalidParameterError, match="'conv1' with inputs of 6 bits"):
         onnx_export.save_onnx(tmp_path / "network.onnx", network, data.test[:1].inputs())
     assert not list(tmp_path.iterdir())

@@ -312,7 +312,7 @@ ODD_TABLES = {
         f"{name} is {value!r}": lambda table, name=name, value=value: table.assign(**{name: value})
         for name, value in (
             *(("seed", "zero"), ("seed", 0.5), ("seed", None), ("goal", "high"), ("goal", None), ("goal", np.inf)),
-            *(("search_fitness", np.nan), ("evaluations", "many"), ("best", "cubic(W: abs)"), ("best", None)),
+            *(("search_fitness", "x"), ("evaluations", "many"), ("best", "cubic(W: abs)"), ("best", None)),
             *(("best", 3), ("structure", "forest"), ("method", None), ("heldout_rho100", "x"), ("evaluations", -1)),
         )
     },
