@@ -19,7 +19,6 @@ from book.studies.images import load_dataset
 from book.studies.study import new_file
 from emq_lib.core.profiles import get_profile
 
-
 collect_ignore = ["making/small_study.py"]  # it changes the process that imports it
 
 
