@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PAGES := $(VENV)/.pages
 READY := $(VENV)/.ready
-PIP := $(BIN)/uv pip install --quiet --python $(BIN)/python
+PIP := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 BOOK := $(BIN)/python -m book.making
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 --dist loadscope --no-loadscope-reorder
 export PATH := $(CURDIR)/$(BIN):$(PATH)

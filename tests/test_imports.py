@@ -31,6 +31,7 @@ def _run(script: str, *options: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT.parent).stdout
 
 
+@pytest.mark.slow
 def test_the_six_names_come_quickly_and_alone():
     """Seconds of the processor, beyond torch's own import; a busy machine slows both."""
     found = json.loads(
@@ -57,6 +58,7 @@ def test_every_name_is_there_and_others_are_named():
         _ = emq_lib.choose
 
 
+@pytest.mark.slow
 def test_every_module_is_imported_without_a_warning():
     modules = sorted(".".join(path.relative_to(ROOT.parent).with_suffix("").parts) for path in ROOT.rglob("*.py"))
     _run(

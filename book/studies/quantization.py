@@ -29,7 +29,7 @@ from book.studies.images import load_dataset
 from book.studies.margins import FLOAT, images_of_half_a
 from book.studies.networks import build_network, layer_table, load_folded
 from book.studies.roundings import remove_roundings
-from book.studies.rows import PartialRows, measure_resumably, row_keys, tensor_digest
+from book.studies.rows import PartialRows, measure_resumably, row_keys
 from book.studies.study import load_table, manifest_of, new_file, seconds_of, sole_writer, study_folder
 from book.studies.workers import share
 from emq_lib.allocation.approximate import random_within
@@ -43,6 +43,7 @@ from emq_lib.core.files import read_table, vouched_path
 from emq_lib.core.models import predict, top1
 from emq_lib.core.profiles import QUANTIZERS, Profile
 from emq_lib.core.sources import code_hash
+from emq_lib.core.training import tensors_digest
 from emq_lib.quantization.brecq import LAPTOP, Settings, reconstruct_in_order
 from emq_lib.quantization.qat import QatRecipe, train_quantized
 
@@ -335,7 +336,7 @@ def _also(profile: Profile, data: ImageData, quantizer: str, seed: int, *, effor
         return [dataclasses.asdict(effort.settings), code, stream]
     if quantizer == TRAINED:
         code = code_hash("emq_lib.quantization.qat:train_quantized", neutral=NEUTRAL)
-        return [dataclasses.asdict(effort.recipe), code, stream, tensor_digest(data.train.images, data.train.labels)]
+        return [dataclasses.asdict(effort.recipe), code, stream, tensors_digest(data.train.images, data.train.labels)]
     return []
 
 

@@ -19,9 +19,10 @@ from torch import nn
 
 from emq_lib.core.datasets import Split
 from emq_lib.core.errors import CorruptArtefactError, InvalidBitsError, InvalidParameterError
+from emq_lib.core.files import to_json
 from emq_lib.core.journal import Journal
 from emq_lib.core.sources import code_hash
-from emq_lib.core.training import state_digest
+from emq_lib.core.training import state_digest, tensors_digest
 from emq_lib.quantization.packing import pack_codes, unpack_codes
 
 PREFIX, SUFFIX = "adaround-", ".partial.jsonl"
@@ -92,9 +93,6 @@ def remove_roundings(folder: pathlib.Path) -> None:
 
 def _identity(model: nn.Module, calibration: Split) -> str:
     """Return a hash of everything that a rounding depends on beside its layer and width."""
-    digest = hashlib.blake2b(digest_size=12)
-    digest.update(state_digest(model).encode() + repr(model).encode())
-    for tensor in (calibration.images, calibration.mean, calibration.std):
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    digest.update(code_hash("emq_lib.quantization.adaround:build_adaround_bank").encode())
-    return digest.hexdigest()
+    seen = tensors_digest(calibration.images, calibration.mean, calibration.std)
+    facts = [state_digest(model), repr(model), seen, code_hash("emq_lib.quantization.adaround:build_adaround_bank")]
+    return hashlib.blake2b(to_json(facts).encode(), digest_size=12).hexdigest()

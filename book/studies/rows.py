@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-import torch
 from tqdm.auto import tqdm
 
 from book.studies.files import DECIDES_ROWS, MODEL, NEUTRAL
@@ -28,6 +27,7 @@ from emq_lib.core.journal import Journal
 from emq_lib.core.networks import QuantizedNetwork
 from emq_lib.core.profiles import Profile
 from emq_lib.core.sources import code_hash
+from emq_lib.core.training import tensors_digest
 
 PARTIAL = "measured.partial.jsonl"
 
@@ -125,23 +125,14 @@ def row_keys(profile: Profile, data: ImageData, images: int, configs: np.ndarray
     facts = {
         "checkpoint": sha256(checked_path(profile, MODEL)),
         "model": profile.model,
-        "images": tensor_digest(test.images, test.labels, test.mean, test.std),
-        "calibration": tensor_digest(calibration.images, calibration.mean, calibration.std),
+        "images": tensors_digest(test.images, test.labels, test.mean, test.std),
+        "calibration": tensors_digest(calibration.images, calibration.mean, calibration.std),
         "quantized": (profile.quantizer, profile.pinned, profile.tied, profile.activation_bits),
         "code": rows_version(profile.quantizer),
         "also": also,
     }
     prefix = to_json(facts).encode()
     return [hashlib.blake2b(prefix + bytes(map(int, config)), digest_size=12).hexdigest() for config in configs]
-
-
-def tensor_digest(*tensors: torch.Tensor) -> str:
-    """Return a hash of tensors: their shapes, types and entries."""
-    digest = hashlib.blake2b(digest_size=12)
-    for tensor in tensors:
-        digest.update(f"{tuple(tensor.shape)} {tensor.dtype} ".encode())
-        digest.update(tensor.contiguous().cpu().numpy())
-    return digest.hexdigest()
 
 
 @functools.cache

@@ -27,7 +27,7 @@ from emq_lib.core.networks import QuantizedNetwork
 from emq_lib.core.profiles import TrainingRecipe
 from emq_lib.core.quantizers import ActivationRange, QuantizedWeight
 from emq_lib.core.sources import code_hash
-from emq_lib.core.training import label_loss, run_epochs, state_digest, train_epoch
+from emq_lib.core.training import label_loss, run_epochs, state_digest, tensors_digest, train_epoch
 from emq_lib.quantization.brecq import learned_step
 from emq_lib.quantization.prepare import check_generator, check_labels, check_layers
 
@@ -204,11 +204,10 @@ def _identity(
 ) -> str:
     """Return everything that a training depends on, as text."""
     tensors = (images.images, images.labels, images.mean, images.std, generator.get_state())
-    seen = [hashlib.blake2b(tensor.cpu().contiguous().numpy().tobytes()).hexdigest() for tensor in tensors]
     start = [state_digest(model), hashlib.blake2b(repr(model).encode()).hexdigest()]
     inputs = {name: dataclasses.astuple(ranges[name]) for name in widths}
     code = code_hash("emq_lib.quantization.qat:train_quantized")
-    return to_json([dict(widths), dataclasses.asdict(recipe), seen, start, inputs, code])
+    return to_json([dict(widths), dataclasses.asdict(recipe), tensors_digest(*tensors), start, inputs, code])
 
 
 def divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -191,6 +191,7 @@ def _count_measured(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def test_a_bench_of_other_rows_is_extended(own_study, profile, data, monkeypatch):
     whole = load_bench(profile).table
     fewer = dataclasses.replace(profile, bench_configs=50, stratified_configs=10)
@@ -260,6 +261,7 @@ def test_configurations_with_one_bit_have_few_such_layers():
         sampling.one_bit_configs(2, (2, 3), 5, rng=np.random.default_rng(0))
 
 
+@pytest.mark.slow
 def test_a_second_quantizer_stands_beside_the_first(own_study, profile, data, monkeypatch):
     monkeypatch.setattr(adaround, "ITERATIONS", 100)
     few = dataclasses.replace(profile, bench_configs=30, stratified_configs=5, one_bit_configs=10)
@@ -376,6 +378,7 @@ def test_published_studies_stay_small(monkeypatch):
     assert sum((REPOSITORY / path).stat().st_size for path in tracked.stdout.split()) < 24e6
 
 
+@pytest.mark.slow
 def test_published_rows_are_measured_again_on_the_real_images(cifar10, monkeypatch):
     """Rounding ties may fall otherwise on another processor, so a few images may differ."""
     monkeypatch.delenv("EMQ_STUDY_ROOT", raising=False)

@@ -90,6 +90,7 @@ def test_empty_class_folders_are_refused(tmp_path, monkeypatch):
         load_dataset(get_profile("cifar10-resnet20"))
 
 
+@pytest.mark.slow
 def test_cifar10_is_cut_as_the_protocol_says(cifar10):
     _, data = cifar10
     assert [len(s) for s in (data.train, data.validation, data.calibration, data.test)] == [

@@ -232,3 +232,12 @@ def test_augmentation_shifts_mirrors_and_pads_with_zeros():
     assert found <= allowed
     assert len(found) > 9
     assert torch.equal(out.labels, split.labels)
+
+
+def test_shapes_and_types_of_tensors_count():
+    zeros = torch.zeros(2, 3)
+    others = [zeros.T, zeros.view(6), zeros.double(), zeros.int(), zeros[:0], zeros + 1]
+    assert len({training.tensors_digest(tensor) for tensor in [zeros, *others]}) == 7
+    assert training.tensors_digest(torch.arange(6).view(2, 3).T) == training.tensors_digest(
+        torch.tensor([[0, 3], [1, 4], [2, 5]])
+    )

@@ -34,6 +34,7 @@ def _agree(programs, inputs):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
 
 
+@pytest.mark.slow
 def test_every_function_agrees_with_the_primitive_of_its_name(inputs):
     _agree([("E", name) for name in kernels.UNARY], inputs)
     _agree([("W", name) for name in kernels.UNARY], inputs)

@@ -141,6 +141,7 @@ def by_hand_on_the_sample(name, statistics):
     return statistics.per_slot(np.array([float(row) for row in rows]).reshape(-1, len(statistics.choices)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KNOWN)
 def test_on_every_study_a_genotype_ranks_as_the_proxy_by_hand(name, published):
     """On the numbers that formulas see, which are all but for proxies that add up over the weights of large layers."""

@@ -229,6 +229,7 @@ def test_the_determinant_of_more_channels_than_weights_each_is_that_of_the_chann
     np.testing.assert_allclose(found, np.linalg.slogdet(grams + 1e-9 * np.eye(7))[1], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_population_in_one_launch_scores_like_one_formula_at_a_time(statistics, evaluator):
     drawing = spaces.Space("branched", inputs=("W", "G", "E", "bW", "C", "bC"))
     rng = np.random.default_rng(0)

@@ -48,6 +48,7 @@ def test_a_place_that_cannot_be_written_ends_without_a_traceback(tmp_path, capsy
         assert "_build" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_building_pages_loads_nothing_that_computes():
     """The environment of ``make pages`` has no PyTorch."""
     absent = ("torch", "pandas", "numpy", "scipy", "matplotlib", "papermill", "jupytext")

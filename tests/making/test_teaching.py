@@ -64,6 +64,7 @@ def test_student_copies_have_no_outputs_and_nothing_folded(tmp_path):
         assert [cell.source for cell in cells] == [cell.source for cell in published if not is_solution(cell)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_slides_resolve_every_reference_and_load_nothing_from_the_network(name, tmp_path):
     page = slides.export_deck(REPOSITORY / "book" / f"{name}.ipynb", tmp_path).read_text()

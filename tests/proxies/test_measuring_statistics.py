@@ -186,6 +186,7 @@ def test_synflow_of_deep_networks_is_finite_where_float32_is_not():
         saliency.synflow(model, names, (3, 8, 8))
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(model=networks())
 @example(model=RandomNetwork([("plain", "relu"), ("preactivated", "relu in place")], 0, False))

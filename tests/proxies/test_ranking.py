@@ -372,6 +372,7 @@ def test_weighted_tau_looks_at_the_best():
     assert ranking.kendall(swapped_best, accuracy) == pytest.approx(ranking.kendall(swapped_worst, accuracy))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statistic", [ranking.kendall, ranking.weighted_tau, ranking.logit_pearson])
 def test_interval_of_any_statistic_is_scipys(statistic):
     rng = np.random.default_rng(3)

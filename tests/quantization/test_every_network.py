@@ -79,6 +79,7 @@ def _check(model: nn.Module, images: torch.Tensor, methods, path=None) -> None:
             assert torch.equal(found(images.clone()), logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("imagenet")])
 def test_registered_networks(name, tmp_path):
     model, images = registered(name)
@@ -92,6 +93,7 @@ def test_registered_networks_of_imagenet(name, tmp_path):
     _check(model, images, LEARNING, tmp_path / "network.safetensors")
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(model=networks())
 def test_random_networks(model: RandomNetwork):

@@ -71,6 +71,7 @@ def test_what_is_returned_is_what_was_trained(study, profile, data, distillation
     assert all(int(layer.weight.codes.max()) < 2**layer.bits for layer in found.layers.values())
 
 
+@pytest.mark.slow
 def test_without_labels_the_float_network_is_enough(study, profile, data):
     network, layers = build_network(profile, data)
     wrong = dataclasses.replace(data.train, labels=torch.zeros_like(data.train.labels))
@@ -89,6 +90,7 @@ def test_without_labels_the_float_network_is_enough(study, profile, data):
     assert torch.equal(*(predict(network, data.test) for network in found))
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_gives_the_same_network(study, profile, data, tmp_path, monkeypatch):
     network, layers = build_network(profile, data)
     images, resume, run, epochs = data.train[:256], tmp_path / "qat.resume", training.train_epoch, []

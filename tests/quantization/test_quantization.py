@@ -64,6 +64,7 @@ def test_chosen_bits_are_the_best_of_all_within_the_size(model, data):
         choose.choose_bits(model, images, average_bits=1.9)
 
 
+@pytest.mark.slow
 def test_learned_rounding_changes_logits_less_than_rounding_to_nearest(model, data):
     before = copy.deepcopy(model.state_dict())
     exact = models.predict(model.eval(), data.test)

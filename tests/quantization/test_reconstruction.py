@@ -90,6 +90,7 @@ def test_uncorrelated_inputs_leave_nothing_to_gain():
     assert torch.equal(adaround(weight, 3, torch.eye(9)[None]).codes, quantize(weight, 3).codes)
 
 
+@pytest.mark.slow
 def test_the_bank_lifts_low_bits(own_study, profile, data, monkeypatch):
     monkeypatch.setattr(adaround_module, "ITERATIONS", 200)
     accuracy = {}
@@ -99,6 +100,7 @@ def test_the_bank_lifts_low_bits(own_study, profile, data, monkeypatch):
     assert accuracy["adaround"] > accuracy["rtn"] + 5
 
 
+@pytest.mark.slow
 def test_block_after_block_beats_the_bank_on_blocks_and_leaves_the_network_alone(study, profile, data):
     model = fold_batchnorm(load_checkpoint(profile, study / "model.safetensors"))
     layers = layer_table(model, profile)
@@ -127,6 +129,7 @@ def test_block_after_block_beats_the_bank_on_blocks_and_leaves_the_network_alone
     assert torch.equal(first.layers["conv1"].weight.codes, nearest.layers["conv1"].weight.codes)
 
 
+@pytest.mark.slow
 def test_learned_steps_of_activations_change_logits_less_than_the_ranges_seen(study, profile, data):
     model = fold_batchnorm(load_checkpoint(profile, study / "model.safetensors"))
     layers, images = layer_table(model, profile), data.calibration

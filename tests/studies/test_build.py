@@ -202,6 +202,7 @@ def test_a_study_that_cannot_be_read_is_answered_in_one_line(made, tmp_path, cap
         assert errors.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_command_works_as_printed_and_says_how_things_are_without_torch(tmp_path):
     code = "import sys; from book.studies.__main__ import main; main(['status']); sys.exit('torch' in sys.modules)"
     environment = os.environ | {"EMQ_STUDY_ROOT": str(tmp_path)}

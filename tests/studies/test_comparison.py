@@ -12,6 +12,7 @@ from emq_lib.core.configs import bits_text, parse_bits
 from emq_lib.core.models import predict, top1
 from emq_lib.quantization.brecq import Settings
 
+pytestmark = pytest.mark.slow
 SHORT = Settings(iterations=5, activation_iterations=2)
 
 

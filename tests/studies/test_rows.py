@@ -5,10 +5,9 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 from book.studies import rows
-from book.studies.rows import PARTIAL, PartialRows, row_keys, tensor_digest
+from book.studies.rows import PARTIAL, PartialRows, row_keys
 from book.studies.study import new_file
 from emq_lib.bench.table import MEASURED
 from emq_lib.core import sources
@@ -155,13 +154,6 @@ def test_the_checkpoint_the_images_and_the_widths_count(own_study, profile, data
     (own_study / "model.safetensors").unlink()
     with pytest.raises(MissingArtefactError):
         row_keys(profile, data, 50, CONFIGS)
-
-
-def test_shapes_and_types_of_tensors_count():
-    zeros = torch.zeros(2, 3)
-    others = [zeros.T, zeros.view(6), zeros.double(), zeros.int(), zeros[:0], zeros + 1]
-    assert len({tensor_digest(tensor) for tensor in [zeros, *others]}) == 7
-    assert tensor_digest(torch.arange(6).view(2, 3).T) == tensor_digest(torch.tensor([[0, 3], [1, 4], [2, 5]]))
 
 
 def _lines(*lines):

@@ -7,6 +7,7 @@ from book.studies import runtimes
 from emq_lib.core.errors import MissingArtefactError
 
 
+@pytest.mark.slow
 def test_every_network_is_compared_and_timed(choices, profile, data, monkeypatch):
     monkeypatch.setattr(runtimes, "ROUNDS", 3)
     runtimes.build_runtimes(profile, data)

@@ -156,6 +156,7 @@ def test_an_interrupted_block_leaves_what_was_there(folder):
 # Two at once
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("race", range(3))
 def test_two_writers_lose_no_entry(folder, race):
     def write(name):
