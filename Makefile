@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PAGES := $(VENV)/.pages
 READY := $(VENV)/.ready
-PIP := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
+PIP := $(BIN)/uv pip install --quiet --python $(BIN)/python
 BOOK := $(BIN)/python -m book.making
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 --dist loadscope --no-loadscope-reorder
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -36,7 +36,7 @@ $(PAGES): requirements.lock pyproject.toml
 	@touch $@
 
 $(READY): $(PAGES)
-	$(PIP) --no-deps -r requirements.lock
+	$(PIP) --compile-bytecode --no-deps -r requirements.lock
 	$(PIP) --no-deps --editable .
 	@mkdir -p _build  # papermill writes into folders that are there
 	@touch $@
