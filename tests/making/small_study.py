@@ -14,7 +14,7 @@ def make_small() -> None:
     from emq_lib.quantization import adaround
     from emq_lib.quantization.brecq import Settings
 
-    budget = EvolutionBudget(population=10, iterations=20, seeds=2)
+    budget = EvolutionBudget(population=20, iterations=20, seeds=2)
     counts = {"bench_configs": 160, "stratified_configs": 110, "one_bit_configs": 60}
     register(replace(get_profile("digits-resnet8"), evolution=budget, **counts))
     checks.CONFIGS, checks.IN_ORDER, checks.WEIGHTS_ONLY = 30, 6, Settings(iterations=20, activation_iterations=0)
