@@ -205,10 +205,10 @@ def compare(
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
-    """Return p-values adjusted for their number by Holm's step-down method (Holm 1979), in the order given.
+    """Return p-values, or none, adjusted for their number by Holm's step-down method (Holm 1979), in the order given.
 
     Raises:
-        InvalidParameterError: no p-values, or one is NaN or outside 0 to 1.
+        InvalidParameterError: one is NaN or outside 0 to 1.
         InvalidScoreError: they are no list of real numbers.
 
     >>> holm([0.01, 0.04, 0.03])
@@ -217,9 +217,9 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     from statsmodels.stats.multitest import multipletests  # here: it takes a while to import
 
     p = real_numbers(p_values, "p-values", ndim=1, finite=False)
-    if not (len(p) and ((p >= 0) & (p <= 1)).all()):
+    if not ((p >= 0) & (p <= 1)).all():
         raise InvalidParameterError(f"need p-values in 0 to 1, got {p}.")
-    return multipletests(p, method="holm")[1]
+    return multipletests(p, method="holm")[1] if len(p) else p
 
 
 def bootstrap_partial_rho(

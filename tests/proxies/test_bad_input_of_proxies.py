@@ -558,7 +558,6 @@ def test_streams_that_are_none(call, rng):
         (lambda: intervals.bootstrap_binned_rho(X, Y, X, bins=2.5, rng=RNG), InvalidParameterError),
         (lambda: intervals.bootstrap_binned_rho(X, Y, X, bins=None, rng=RNG), InvalidParameterError),
         (lambda: intervals.bootstrap_binned_rho(X, Y, X, bins=9, rng=RNG), InvalidScoreError),
-        (lambda: intervals.holm([]), InvalidParameterError),
         (lambda: intervals.holm([0.5, np.nan]), InvalidParameterError),
         (lambda: intervals.holm([0.5, 1.1]), InvalidParameterError),
         (lambda: intervals.holm(["0.5"]), InvalidScoreError),

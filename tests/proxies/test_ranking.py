@@ -161,6 +161,7 @@ def test_p_values_are_uniform_when_nothing_differs():
 def test_holm_against_a_worked_example():
     np.testing.assert_allclose(intervals.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
     assert intervals.holm([0.9, 0.8]).max() == 1
+    assert intervals.holm([]).shape == (0,)
     with pytest.raises(InvalidParameterError, match="0 to 1"):
         intervals.holm([0.1, np.nan])
 
