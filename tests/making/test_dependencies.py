@@ -3,6 +3,7 @@
 import ast
 import functools
 import importlib.metadata
+import re
 import sys
 import tomllib
 
@@ -115,9 +116,11 @@ def test_the_lock_pins_every_dependency_within_its_bounds():
                 assert requirement.specifier.contains(version.version), pin
 
 
-def test_the_lock_names_no_index():
+def test_every_line_of_the_lock_is_a_pin_and_none_an_option_or_an_address():
     text = (REPOSITORY / "requirements.lock").read_text()
-    assert not any(word in text for word in ("://", "index-url", "find-links"))
+    pins = [line.partition(" ;")[0] for line in text.splitlines()]
+    assert [pin for pin in pins if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!_-]+", pin)] == []
+    assert "://" not in text
 
 
 def test_conda_users_get_the_lock():
