@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import io
 import json
 import multiprocessing
 import os
@@ -27,11 +26,11 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from emq_lib.core.files import read_manifest, vouched_path
+from emq_lib.core.files import MANIFEST, read_manifest, vouched_path
 
 KILLS = int(os.environ.get("EMQ_KILLS", "12"))  # of every job, half of them at steps; 200 for the whole measurement
 PATIENCE = 20  # seconds that what a killed process started may take to end
-WALL_TIMES = ("seconds", "costs")
+WALL_TIMES = ("seconds", "costs", "search_seconds", "quantize_seconds")
 _STEPS = ("os.rename", "os.remove", "os.truncate")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _HOLD = """
@@ -266,13 +265,25 @@ def contents(root: pathlib.Path) -> dict[str, object]:
 
 
 def _content(path: pathlib.Path) -> object:
-    if path.suffix == ".csv":
-        table = pd.read_csv(io.BytesIO(path.read_bytes()), dtype=str, keep_default_na=False)
-        return table.drop(columns=[name for name in WALL_TIMES if name in table]).to_csv()
+    if path.suffix in (".csv", ".parquet") and (timed := _wall_times(path)):
+        table = _table(path).drop(columns=timed)
+        return table.dtypes.astype(str).to_dict(), table.to_dict("list")
     if path.suffix in (".json", ".jsonl"):
         lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
-        return [_without_wall_times(json.loads(line)) for line in lines]
+        found = [_without_wall_times(json.loads(line)) for line in lines]
+        for name, entry in found[0].items() if path.name == MANIFEST else ():
+            if (file := path.with_name(name)).suffix in (".csv", ".parquet") and file.is_file() and _wall_times(file):
+                del entry["sha256"]
+        return found
     return path.read_bytes()
+
+
+def _table(path: pathlib.Path) -> pd.DataFrame:
+    return pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype=str, keep_default_na=False)
+
+
+def _wall_times(path: pathlib.Path) -> list[str]:
+    return [name for name in WALL_TIMES if name in _table(path)]
 
 
 def _without_wall_times(value: object) -> object:

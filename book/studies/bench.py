@@ -99,7 +99,8 @@ def build_bench(
             bops=bit_operations.total(configs, choices).astype(np.int64),
         )
         others = before[before["quantizer"] != profile.quantizer]
-        table = pd.concat([table, others] if profile.quantizer == QUANTIZERS[0] else [others, table])
+        tables = [table, others] if profile.quantizer == QUANTIZERS[0] else [others, table]
+        table = pd.concat([part for part in tables if len(part)])  # an empty one would take the columns' types away
         seconds += preparation + seconds_before
         with new_file(profile, LAYERS, seconds=0.0, rows=len(layers)) as path:
             layers.to_csv(path, index=False)

@@ -58,6 +58,7 @@ class Settings:
 PAPER = Settings()
 WEIGHTS_ONLY = Settings(iterations=400, activation_iterations=0)
 LAPTOP = Settings(iterations=400, activation_iterations=200)
+LEAST_STEP = 0.01  # of an activation, in the step that its range on the calibration images gives
 
 
 def reconstruct_in_order(
@@ -162,6 +163,8 @@ def _learn_steps(
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+                for name, step in steps.items():  # Adam may step across zero, where there is nothing to round with
+                    step.data.clamp_(min=LEAST_STEP * ranges[name].scale)
             if F.mse_loss(_apply(piece, now, changed), target) > before:  # keep what was seen on calibration images
                 for name, step in steps.items():
                     step.data.fill_(ranges[name].scale)
