@@ -13,6 +13,7 @@ BOOK := $(BIN)/python -m book.making
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 --dist loadscope --no-loadscope-reorder
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONPATH :=
+export PYTHONDONTWRITEBYTECODE :=
 export JUPYTER_PATH := $(CURDIR)/$(VENV)/share/jupyter
 
 VARIABLES := PYTHON PROFILE REBUILD SEED

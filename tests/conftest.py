@@ -9,12 +9,13 @@ import shutil
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton, which looks only then
 
 from book.studies import bench, checkpoints, proxies
-from book.studies.files import CHOICES
+from book.studies.files import CHOICES, STATISTICS
 from book.studies.images import load_dataset
 from book.studies.study import new_file
 from emq_lib.core.profiles import get_profile
@@ -50,14 +51,16 @@ def cifar10():
 
 
 @pytest.fixture(scope="session")
-def built_study(tmp_path_factory, profile, data):
-    """Folder that holds a freshly trained and measured digits study."""
-    root = tmp_path_factory.mktemp("studies")
-    with pytest.MonkeyPatch.context() as patch:
+def built_study(tmp_path_factory, worker_id, profile, data):
+    """Folder that holds a freshly trained and measured digits study, which the workers of pytest-xdist share."""
+    shared = tmp_path_factory.getbasetemp().parent if worker_id != "master" else tmp_path_factory.mktemp("shared")
+    root = shared / "studies"
+    with FileLock(f"{root}.lock"), pytest.MonkeyPatch.context() as patch:
         patch.setenv("EMQ_STUDY_ROOT", str(root))
-        checkpoints.build_checkpoint(profile, data)
-        bench.build_bench(profile, data)
-        proxies.build_statistics(profile, data.calibration)
+        if not (root / profile.name / STATISTICS).exists():
+            checkpoints.build_checkpoint(profile, data)
+            bench.build_bench(profile, data)
+            proxies.build_statistics(profile, data.calibration)
     return root
 
 

@@ -1,5 +1,7 @@
 """Networks for tests: random small ones, and all of the registry with batch norms that leave folding work to do.
 
+``@pytest.mark.parametrize("name", REGISTERED)`` takes every model; the large ones of ImageNet count as slow.
+
 In a property test::
 
     from tests.networks import networks, pictures
@@ -15,6 +17,7 @@ from __future__ import annotations
 import functools
 import unittest.mock
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
@@ -24,6 +27,9 @@ from emq_lib.core import bank, graphs, models, quantizers
 from emq_lib.core.datasets import Inputs
 from emq_lib.core.networks import QuantizedNetwork
 
+REGISTERED = [
+    pytest.param(name, marks=pytest.mark.slow) if name.startswith("imagenet") else name for name in models.MODELS
+]
 WIDTH = 8
 ACTIVATIONS = {
     "relu": nn.ReLU,

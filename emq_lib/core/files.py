@@ -29,7 +29,7 @@ from emq_lib.core.errors import (
 MANIFEST = "manifest.json"
 Kind = type | UnionType
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_LOOKS = 5  # at a file and its entry, while somebody replaces both
+_LOOKS = 50  # at a file and its entry, while somebody replaces both
 _RENEW = "Restore it, or make it again."
 _RENEW_MANIFEST = "Restore it; without it nothing vouches for the files beside it, and they are made again."
 _HUGE = 1e15
@@ -201,7 +201,7 @@ def vouched_path(folder: pathlib.Path, filename: str, remedy: str = "Restore it,
     path, entry = folder / filename, read_manifest(folder).get(filename)
     for _ in range(_LOOKS):
         if entry is not None:
-            for place in (path, staged_path(folder, filename)):
+            for place in (path, staged_path(folder, filename), path):  # it may be put in its place between two looks
                 with contextlib.suppress(OSError):  # gone since, or no file
                     if sha256(place) == entry["sha256"]:
                         return place

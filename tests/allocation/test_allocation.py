@@ -74,6 +74,7 @@ def test_no_configuration_within_two_budgets_scores_higher(slots, spread):
         assert allocation.gap <= 1e-9 * abs(best)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     table=st.lists(st.tuples(*[st.integers(-30, 30)] * 3), min_size=1, max_size=6),
@@ -101,6 +102,7 @@ def test_any_small_problem_agrees_with_brute_force(table, first, second, shares)
         assert allocation.costs[name] <= budget
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [2, 3, 6])
 def test_budget_is_kept_where_the_solver_tolerance_would_not_keep_it(slots):
     """Costs that differ by a billionth are the same to HiGHS; a total over the budget must not be returned even so."""

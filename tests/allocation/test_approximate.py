@@ -51,6 +51,7 @@ def test_local_search_finds_the_best_of_a_score_with_pairs(seed):
     assert found.gap == np.inf
 
 
+@pytest.mark.slow
 def test_local_search_is_never_worse_than_where_it_starts():
     scores, costs, budgets = random_problem(3, 40)
     exact = allocate(scores, costs, budgets, CHOICES)

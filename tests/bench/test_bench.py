@@ -57,6 +57,7 @@ def test_more_configurations_than_there_are_is_an_error():
         sampling.sample_configs(3, (2, 3), 7, rng=np.random.default_rng(0))
 
 
+@pytest.mark.slow
 def test_measuring_agrees_with_the_plain_loop_image_by_image(study, profile, data):
     """Quantize every layer afresh for each configuration, run one forward pass, no sharing, no bank."""
     network, layers = build_network(profile, data)
@@ -77,6 +78,7 @@ def test_measuring_agrees_with_the_plain_loop_image_by_image(study, profile, dat
         assert item.loss == pytest.approx(F.cross_entropy(logits.double(), data.test.labels).item(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_sharing_computation_changes_no_bit(study, profile, data):
     network, _ = build_network(profile, data)
     configs = sampling.sample_configs(6, profile.choices, 40, rng=np.random.default_rng(4))
@@ -112,6 +114,7 @@ def _same(found, expected):
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_recorded_steps_give_the_same_answers(study, profile, data, monkeypatch):
     """What a GPU does, with steps that are computed again instead of replayed."""
     network, _ = build_network(profile, data)

@@ -134,6 +134,7 @@ def tiny_imagenet(tmp_path, monkeypatch):
     return dataclasses.replace(profile, calibration_images=8, bench_configs=2, stratified_configs=1)
 
 
+@pytest.mark.slow
 def test_a_tree_of_imagenets_form_gives_a_bench(tiny_imagenet, monkeypatch):
     data = load_dataset(tiny_imagenet)
     assert [len(data.calibration), len(data.test), data.classes] == [8, 6, 3]

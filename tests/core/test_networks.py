@@ -13,10 +13,9 @@ from emq_lib.bench import engine
 from emq_lib.core import graphs
 from emq_lib.core.datasets import Split
 from emq_lib.core.errors import UnsupportedModelError
-from emq_lib.core.models import MODELS
 from emq_lib.core.networks import QuantizedLayer
 from emq_lib.core.quantizers import ActivationRange, quantize
-from tests.networks import networks, pictures, quantized, registered
+from tests.networks import REGISTERED, networks, pictures, quantized, registered
 
 
 def _layers(model):
@@ -70,7 +69,7 @@ class _ExactLayer(nn.Module):
         return sums.float() * scale.view(self.channel) + self.bias.view(self.channel)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", REGISTERED)
 def test_every_registered_model_runs_in_pieces_without_writing(name):
     model, x = registered(name)
     with torch.inference_mode():
@@ -84,7 +83,7 @@ def _layers_in_order(folded, x):
     return list(graphs.describe_layers(folded, x[:1], pinned={}, tied={})["name"])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", REGISTERED)
 def test_every_registered_model_is_quantized_to_the_bit(name):
     model, x = registered(name)
     generator = torch.Generator().manual_seed(4)
@@ -107,6 +106,7 @@ def test_every_registered_model_is_quantized_to_the_bit(name):
     assert measured.correct.tolist() == (truth.argmax(dim=1) == split.labels).tolist()
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(model=networks())
 def test_random_networks_in_pieces_are_the_network(model):
@@ -118,6 +118,7 @@ def test_random_networks_in_pieces_are_the_network(model):
         assert torch.equal(_run(pieces, x)[-1], folded(x))
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(model=networks())
 def test_random_networks_are_quantized_to_the_bit(model):
@@ -130,6 +131,7 @@ def test_random_networks_are_quantized_to_the_bit(model):
         assert torch.equal(x, pictures(3))
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(model=networks())
 def test_macs_of_random_networks_are_those_of_a_count(model):

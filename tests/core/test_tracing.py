@@ -11,8 +11,7 @@ from torch import nn
 
 from emq_lib.core import graphs, tracing
 from emq_lib.core.errors import UnsupportedModelError
-from emq_lib.core.models import MODELS
-from tests.networks import networks, pictures, registered, spread_batchnorms
+from tests.networks import REGISTERED, networks, pictures, registered, spread_batchnorms
 
 
 def _assert_out_of_place(graph_module):
@@ -45,12 +44,13 @@ def _assert_folds_to_the_same_function(model, x, *, rtol):
     return folded
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", REGISTERED)
 def test_every_registered_model_folds_to_the_same_function(name):
     folded = _assert_folds_to_the_same_function(*registered(name), rtol=1e-5)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(model=networks())
 def test_random_networks_fold_to_the_same_function(model):

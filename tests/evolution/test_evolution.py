@@ -34,6 +34,7 @@ def _run(problem, seed, *, structure="branched", budget=BUDGET, judge=None, **op
     return list(search.evolve(judge, space, budget=budget, rng=np.random.default_rng(seed), **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", primitives.STRUCTURES)
 def test_same_seed_same_generations(problem, structure):
     first, again, other = (_run(problem, seed, structure=structure) for seed in (1, 1, 2))
@@ -200,6 +201,7 @@ def test_fronts_and_crowding_by_hand():
     np.testing.assert_array_equal(search._crowding(values[:3]), [np.inf, 2, np.inf])
 
 
+@pytest.mark.slow
 def test_three_goals_keep_what_nobody_beats(problem):
     def cost(genotype):
         return float("T" in genotype.inputs)

@@ -111,6 +111,7 @@ def test_text_parses_back_to_the_same_genotype(genotype):
     assert genotype.complexity >= len(set(genotype.inputs))
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(genotypes)
 def test_canonical_form_ranks_alike_and_is_its_own(genotype):

@@ -68,6 +68,7 @@ def imported(pattern: str) -> dict[str, str]:
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("user", USERS)
 def test_what_is_imported_is_declared(user):
     declared = {name for part in USERS[user] for name in requirements(part)}

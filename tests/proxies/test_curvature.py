@@ -82,6 +82,7 @@ def _compare_moments(model, names, images):
         torch.testing.assert_close(second[layer], stack.square().mean(dim=0), rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_trace_is_that_of_the_dense_hessian(network, data):
     model, _ = network
     dense = _dense(model, NAME, data.calibration[:5])

@@ -105,6 +105,7 @@ def test_measuring_changes_no_argument_and_draws_from_no_global_stream(network, 
     assert layers.equals(table)
 
 
+@pytest.mark.slow
 def test_a_gpu_computes_the_same_from_beginning_to_end(network, images, measured):
     model, layers = network
     with pretended_gpu():
@@ -145,6 +146,7 @@ def test_a_real_gpu_computes_nearly_the_same(network, images, measured):
         torch.testing.assert_close(found[key], value, rtol=2e-2, atol=1e-3 * value.double().abs().max().item())
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_measured_again(images, monkeypatch):
     model, layers = _network(BLOCKS)
     released, whole, finished = _released(model, layers, images), {}, {}

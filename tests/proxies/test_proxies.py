@@ -15,9 +15,11 @@ from emq_lib.proxies import curvature, handmade
 from emq_lib.proxies.scores import score
 
 
-@pytest.fixture
-def statistics(study, profile):
-    return load_statistics(profile)
+@pytest.fixture(scope="module")
+def statistics(built_study, profile):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EMQ_STUDY_ROOT", str(built_study))
+        return load_statistics(profile)
 
 
 @pytest.fixture(scope="module")

@@ -93,6 +93,7 @@ def test_short_lists_leave_bits_out_and_long_ones_are_cut():
     np.testing.assert_array_equal(released.align(np.array([1.0, 2.0, 3.0]), 2), [1, 2])
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_network(profile, data, found):
     other = released_statistics(dataclasses.replace(profile, seed=7), data.calibration)
     assert not np.allclose(other.snip, found.snip, rtol=1e-3)

@@ -189,6 +189,7 @@ def test_networks_that_cannot_be_quantized(function, model, error, message):
         call(model=model)
 
 
+@pytest.mark.slow
 def test_pruned_and_parametrized_networks_are_quantized_as_they_compute(tmp_path):
     for change in (lambda c: parametrizations.weight_norm(c), lambda c: prune.l1_unstructured(c, "weight", 0.5)):
         model = _network()

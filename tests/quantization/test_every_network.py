@@ -100,6 +100,7 @@ def test_random_networks(model: RandomNetwork):
     _check(model, pictures(4), METHODS)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(model=networks())
 def test_bits_of_random_networks_are_those_of_the_same_function_without_in_place_operations(model: RandomNetwork):

@@ -49,6 +49,7 @@ def test_gradients_are_those_of_lsq():
     torch.testing.assert_close(learned.log_weight_steps.grad, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distillation", [0.0, 0.5, 1.0])
 def test_what_is_returned_is_what_was_trained(study, profile, data, distillation):
     model = load_folded(profile, "cpu")

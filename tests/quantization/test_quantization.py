@@ -40,6 +40,7 @@ def test_to_nearest_is_what_the_bench_measures(model, data, profile):
     assert torch.equal(models.predict(found, data.test), models.predict(network.select(config), data.test))
 
 
+@pytest.mark.slow
 def test_chosen_bits_are_the_best_of_all_within_the_size(model, data):
     """Independent truth: divergences by plain passes through changed copies, and every configuration tried."""
     images, choices = data.calibration[:64], (2, 3, 4)

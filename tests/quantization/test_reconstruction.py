@@ -71,6 +71,7 @@ def test_close_to_the_best_of_all_roundings(seed):
     assert found <= every.min() + 0.25 * (worst - every.min()) + 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_never_worse_than_rounding_to_nearest_and_one_step_away(bits):
     weight, moments = _problem(11, channels=8, inputs=18)

@@ -149,6 +149,7 @@ def test_status_says_how_every_file_is(made, tmp_path, capsys):
     assert _run(capsys, "status") == (0, said, "")  # no other study has files here
 
 
+@pytest.mark.slow
 def test_files_are_kept_in_an_order_in_which_they_can_be(made, tmp_path, capsys, monkeypatch):
     _run(capsys, "build", DIGITS)
     path = tmp_path / DIGITS / "manifest.json"

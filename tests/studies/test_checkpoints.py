@@ -18,6 +18,7 @@ def short(profile):
     return dataclasses.replace(profile, training=dataclasses.replace(profile.training, epochs=2))
 
 
+@pytest.mark.slow
 def test_the_same_training_gives_the_same_file(short, data, tmp_path, monkeypatch):
     contents = []
     for name in ("first", "second"):

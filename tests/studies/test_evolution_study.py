@@ -55,6 +55,7 @@ def _stop_at(number, monkeypatch):
             evolution.build_evolution(DIGITS, workers=1)
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_ends_with_the_same_bytes(searchable, searched_root, monkeypatch):
     _stop_at(4, monkeypatch)
     assert not (searchable / EVOLUTION_LOG).exists()

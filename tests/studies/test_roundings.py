@@ -45,6 +45,7 @@ def _interrupted(profile, data, folder, monkeypatch, after):
             _build(profile, data, folder)
 
 
+@pytest.mark.slow
 def test_an_interrupted_bank_goes_on_and_is_the_same(own_study, learned, data, monkeypatch):
     whole = _build(learned, data, None)
     assert not _files(own_study)  # who only reads a study keeps nothing there
@@ -63,6 +64,7 @@ def test_an_interrupted_bank_goes_on_and_is_the_same(own_study, learned, data, m
     assert not _files(own_study)
 
 
+@pytest.mark.slow
 def test_other_images_other_weights_and_other_code_have_a_file_of_their_own(own_study, learned, data, monkeypatch):
     _interrupted(learned, data, own_study, monkeypatch, after=1)
     other = dataclasses.replace(data, calibration=data.train[50:90])
@@ -97,6 +99,7 @@ def test_lines_that_no_run_wrote_are_named(own_study, learned, data, monkeypatch
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named_and_what_was_finished_is_kept(own_study, learned, data, monkeypatch):
     _interrupted(learned, data, own_study, monkeypatch, after=3)
     path = own_study / _files(own_study)[0]

@@ -101,6 +101,7 @@ def _killed_before(step, job, root):
     return _forked(run)
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_step_leaves_the_old_file_or_the_new_one(folder):
     def job():
         _put(LAYERS, "new")
@@ -123,6 +124,7 @@ def test_a_kill_at_any_step_leaves_the_old_file_or_the_new_one(folder):
     assert seen == {"old", "new"}
 
 
+@pytest.mark.slow
 def test_the_first_file_of_a_study_is_there_or_not(folder):
     def job():
         _put(LAYERS, "new")
