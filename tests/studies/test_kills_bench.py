@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from killing import check_full_disks, check_kills
+from killing import KILLS, check_full_disks, check_kills
 
 from book.studies.bench import build_bench
 from book.studies.files import MODEL
@@ -54,4 +54,6 @@ def test_a_killed_extension_is_finished_by_the_same_call(trained, tmp_path, few,
 
 @pytest.mark.slow
 def test_a_bench_that_finds_no_room_is_finished_once_there_is(trained, tmp_path, few):
-    check_full_disks(functools.partial(measure_in_small_blocks, few), trained, tmp_path, rooms=(0, 2_000))
+    check_full_disks(
+        functools.partial(measure_in_small_blocks, few), trained, tmp_path, steps=KILLS // 2, rooms=(0, 2_000)
+    )

@@ -48,7 +48,7 @@ def train_and_save(profile: Profile) -> None:
 def test_a_killed_comparison_is_finished_by_the_same_call(choices, own_study, tmp_path, profile):
     scratch = pathlib.Path(tmp_path / "scratch")
     scratch.mkdir()
-    calm = check_kills(functools.partial(compare_briefly, profile), own_study.parent, scratch, kills=max(4, KILLS // 2))
+    calm = check_kills(functools.partial(compare_briefly, profile), own_study.parent, scratch, kills=max(3, KILLS // 4))
     assert calm.steps > 20
 
 

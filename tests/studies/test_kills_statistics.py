@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from killing import check_kills
+from killing import KILLS, check_kills
 
 from book.studies.checkpoints import build_checkpoint
 from book.studies.files import STATISTICS
@@ -41,5 +41,5 @@ def test_a_killed_measurement_of_statistics_is_finished_by_the_same_call(built_s
     shutil.copytree(built_study, start)
     (start / profile.name / STATISTICS).unlink()
     scratch.mkdir()
-    calm = check_kills(functools.partial(measure_briefly, profile), start, scratch)
+    calm = check_kills(functools.partial(measure_briefly, profile), start, scratch, kills=KILLS // 2)
     assert calm.steps > 5
