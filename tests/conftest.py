@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import shutil
 
@@ -14,9 +15,11 @@ from filelock import FileLock
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton, which looks only then
 
+from book.places import REPOSITORY
 from book.studies import bench, checkpoints, proxies
-from book.studies.files import CHOICES, STATISTICS
+from book.studies.files import BENCH, CHOICES, MODEL, STATISTICS
 from book.studies.images import load_dataset
+from book.studies.origins import code_version
 from book.studies.study import new_file
 from emq_lib.core.profiles import get_profile
 
@@ -51,13 +54,17 @@ def cifar10():
 
 
 @pytest.fixture(scope="session")
-def built_study(tmp_path_factory, worker_id, profile, data):
-    """Folder that holds a freshly trained and measured digits study, which the workers of pytest-xdist share."""
-    shared = tmp_path_factory.getbasetemp().parent if worker_id != "master" else tmp_path_factory.mktemp("shared")
-    root = shared / "studies"
-    with FileLock(f"{root}.lock"), pytest.MonkeyPatch.context() as patch:
+def built_study(profile, data):
+    """Folder that holds a freshly trained and measured digits study, kept until the code that makes it changes."""
+    versions = [repr(profile), *map(code_version, (MODEL, BENCH, STATISTICS))]
+    root = REPOSITORY / "_build" / "tests" / hashlib.sha256("".join(versions).encode()).hexdigest()[:16]
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(root.with_suffix(".lock")), pytest.MonkeyPatch.context() as patch:
         patch.setenv("EMQ_STUDY_ROOT", str(root))
         if not (root / profile.name / STATISTICS).exists():
+            for other in root.parent.iterdir():
+                if other.is_dir():
+                    shutil.rmtree(other)
             checkpoints.build_checkpoint(profile, data)
             bench.build_bench(profile, data)
             proxies.build_statistics(profile, data.calibration)

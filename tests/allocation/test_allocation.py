@@ -62,6 +62,7 @@ def best_by_brute_force(scores, costs, budgets, choices=CHOICES) -> float | None
     return gather(scores, configs[fits], choices).max() if fits.any() else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [0.5, 6.0])
 @pytest.mark.parametrize("slots", [6, 7])
 def test_no_configuration_within_two_budgets_scores_higher(slots, spread):
@@ -248,6 +249,7 @@ def test_greedy_follows_the_best_gain_per_cost():
     assert greedy.score == 6.0
 
 
+@pytest.mark.slow
 def test_front_is_the_front_of_all_configurations():
     scores, costs, _ = random_problem(3, 6)
     size, configs = costs["size"], all_configs(6)

@@ -75,6 +75,7 @@ def test_rounding_the_relaxed_program_keeps_the_budgets_and_loses_little(seed):
     assert found.score == pytest.approx(gather(scores, [found.bits], CHOICES)[0])
 
 
+@pytest.mark.slow
 def test_mutants_stay_near_their_root_and_the_best_one_is_taken():
     scores, costs, budgets = random_problem(1, 12)
     root = (2,) * 12

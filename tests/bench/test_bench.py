@@ -218,6 +218,7 @@ def test_stratified_configurations_are_evenly_spread_in_size(study, profile):
     assert np.std(share) > 1.3 * np.std(spread)
 
 
+@pytest.mark.slow
 def test_draws_within_a_strip_of_size_are_uniform():
     """Three layers of one size: configurations of the middle size are drawn equally often."""
     cost = CostTable("size", "bytes", 0.0, np.tile([2.0, 3.0, 4.0], (3, 1)))

@@ -30,6 +30,7 @@ def small(profile, monkeypatch):
     return dataclasses.replace(profile, bench_configs=20, stratified_configs=5, bench_images=100)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("imagenet")])
 def test_a_network_travels_to_workers(name):
     folded = fold_batchnorm(build_model(name, seed=0).eval())

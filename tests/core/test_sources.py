@@ -197,6 +197,7 @@ def test_the_code_of_every_file_is_found(filename):
     assert neutral <= set(FILES[filename].code)
 
 
+@pytest.mark.slow
 def test_all_hashes_take_less_than_a_second_and_then_nothing():
     for function in (sources._described, sources._read, sources._path):
         function.cache_clear()

@@ -85,6 +85,7 @@ def test_what_builds_pages_imports_what_make_pages_installs(path):
     assert not undeclared
 
 
+@pytest.mark.slow
 def test_what_is_declared_is_used():
     names = {name for user in USERS for name in imported(f"{user}/**/*.py")}
     used = {owner for name in names for owner in distributions()[name]} | set(USED_OTHERWISE)

@@ -52,6 +52,7 @@ def test_every_question_of_the_quiz_is_followed_by_its_folded_answer(name):
     assert 4 <= number <= 6
 
 
+@pytest.mark.slow
 def test_student_copies_have_no_outputs_and_nothing_folded(tmp_path):
     paths = notebooks.write_student_copies(tmp_path)
     assert [path.stem for path in paths] == chapter_names()

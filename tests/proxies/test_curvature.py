@@ -93,6 +93,7 @@ def test_trace_is_that_of_the_dense_hessian(network, data):
     assert error[0] > 0
 
 
+@pytest.mark.slow
 def test_standard_error_of_the_trace_is_that_of_the_mean(network, data):
     model, _ = network
 

@@ -436,6 +436,7 @@ def test_blocks_that_pass_on_other_rows_are_named():
         _quantize(_built(SequenceFirst), method="brecq")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "padding", [{"padding_mode": mode} for mode in ("reflect", "replicate", "circular")] + ["same"]
 )

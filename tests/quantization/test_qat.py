@@ -132,6 +132,7 @@ def test_a_share_outside_its_range_is_refused():
         qat.QatRecipe(distillation=2.0)
 
 
+@pytest.mark.slow
 def test_a_training_that_diverges_says_so(study, profile, data):
     network, layers = build_network(profile, data)
     with pytest.raises(TrainingDivergedError, match="max_lr below 1e"):

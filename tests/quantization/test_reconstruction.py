@@ -56,6 +56,7 @@ def _problem(seed, channels=4, inputs=9):
     return torch.randn(channels, inputs, generator=generator), (x.relu().mT @ x.relu() / len(x))[None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_close_to_the_best_of_all_roundings(seed):
     weight, moments = _problem(seed, channels=1)

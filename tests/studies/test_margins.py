@@ -59,6 +59,7 @@ def test_of_one_seed_only_images_count():
     assert (found.lo, found.hi, found.seeds) == (pytest.approx(interval.low), pytest.approx(interval.high), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("of_seeds", "of_images", "left"), [(0.0, 0.3, 0.15), (0.004, 0.3, 0.15), (0.02, 0.3, 0.15), (0.006, 0.1, 0.3)]
 )

@@ -88,6 +88,7 @@ LINES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", LINES.values(), ids=LINES)
 def test_lines_that_no_run_wrote_are_named(own_study, learned, data, monkeypatch, line):
     _interrupted(learned, data, own_study, monkeypatch, after=1)
