@@ -5,7 +5,7 @@ GPTQ (Frantar et al. 2023), which rounds one input after another and lets the in
 Then the channel takes, one at a time, the step of a single weight to any level that lowers its error most, as greedy
 coordinate descent does (Nutini et al. 2015; QuantEase, Behdin et al. 2023, takes them in turn), until none is left.
 The scale of rounding to nearest is the best for errors that cancel nowhere. So channels start from several, which are
-fitted anew to the levels that were found, and steps are taken again. Explained in chapter 01.
+fitted anew to the levels that were found, and steps are taken again.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ A layer sees other inputs x^ than in the float network, where they are x. The we
 linear layer can, is T = W E[x x^'] E[x^ x^']^-1: its output on x^ is nearest to W x. It is T, drawn a little towards W,
 that is rounded on the moments of x^ (so do GPTAQ, Li et al. 2025, and Qronos, Zhang et al. 2025). So errors do not add
 up from layer to layer. Both networks are walked through together, node after node, so that every layer runs once.
-Explained in chapter 05.
 """
 
 from __future__ import annotations

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from book.studies.networks import layer_table
+from book.studies.networks import layer_table, load_folded
 from emq_lib.core import graphs
+from emq_lib.core.bank import build_weight_bank
 from emq_lib.core.datasets import Inputs
 from emq_lib.core.errors import InvalidBitsError, InvalidParameterError, UnsupportedModelError
 from emq_lib.core.models import predict
+from emq_lib.core.networks import QuantizedNetwork
 from emq_lib.core.quantizers import choose_activation_ranges, fake_quantize, quantize
 from emq_lib.quantization import learned, sequential
 from emq_lib.quantization.adaround import _patches, second_moments
@@ -160,18 +162,13 @@ def test_a_bank_of_all_patches_is_that_of_a_sample_as_large(data, study, profile
 
 
 def _digits(profile):
-    from book.studies.networks import load_folded
-
     model = load_folded(profile, "cpu")
     return model, layer_table(model, profile)
 
 
 @pytest.mark.slow
 def test_each_way_is_more_accurate_than_the_one_before_at_two_bits(study, data, profile):
-    from emq_lib.core.bank import build_weight_bank
-    from emq_lib.core.networks import QuantizedNetwork
-
-    found, state = {}, {}
+    found = {}
     for name in ("nearest", "learned", "in order"):
         model, layers = _digits(profile)
         state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
