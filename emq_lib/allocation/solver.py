@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from scipy import optimize
 
 _INFEASIBLE = 2  # status of scipy.optimize.milp
-_MAGNITUDE = 1_000.0  # of the largest objective entry and of every limit; the solver's tolerances are absolute, 1e-6
+MAGNITUDE = 1_000.0  # of the largest objective entry and of every limit; the solver's tolerances are absolute, 1e-6
 _MAX_CUTS = 20
 _TIGHTENING = 1e-6  # of every limit: far beyond the solver's tolerance
 _PRICE_FACTORS = (1.0, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0)  # dearer and dearer, until a solution fits
@@ -99,18 +99,18 @@ def solve(
 
     slots, columns = np.nonzero(problem.allowed)
     regrets, excesses = problem.regrets[slots, columns], problem.excesses[:, slots, columns]
-    scale = (regrets.max() or 1.0) / _MAGNITUDE
+    scale = (regrets.max() or 1.0) / MAGNITUDE
     one_per_slot = optimize.LinearConstraint(
         sparse.csr_array((np.ones(len(slots)), (slots, np.arange(len(slots))))), 1, 1
     )
-    divisors = np.where(problem.slacks > 0, problem.slacks, 1.0) / _MAGNITUDE
+    divisors = np.where(problem.slacks > 0, problem.slacks, 1.0) / MAGNITUDE
     rows, limits = excesses / divisors[:, None], problem.slacks / divisors
     bound = 0.0
     for attempt in range(_MAX_CUTS + 1):
         if attempt == _MAX_CUTS:
             limits[: len(divisors)] *= 1 - _TIGHTENING
         constraints = [one_per_slot] + ([optimize.LinearConstraint(rows, -np.inf, limits)] if len(rows) else [])
-        result = _milp(regrets / scale, constraints, time_limit, tolerance)
+        result = milp(regrets / scale, constraints, time_limit, tolerance)
         if result.x is None:
             return start, bound, start is None and result.status == _INFEASIBLE and attempt < _MAX_CUTS
         if attempt < _MAX_CUTS:
@@ -119,7 +119,7 @@ def solve(
         selected = columns[chosen]
         if problem.fits(selected):
             break
-        rows, limits = np.vstack([rows, _cover(problem, excesses, slots, chosen)]), np.append(limits, _MAGNITUDE)
+        rows, limits = np.vstack([rows, _cover(problem, excesses, slots, chosen)]), np.append(limits, MAGNITUDE)
     if not problem.fits(selected) or (start is not None and problem.regret(start) < problem.regret(selected)):
         selected = start
     return selected, bound, result.status == 0 and attempt < _MAX_CUTS
@@ -135,7 +135,7 @@ def smallest_given_others(problem: Problem, index: int) -> float | None:
 
 
 def _cover(problem: Problem, excesses: np.ndarray, slots: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Return a row, with the limit `_MAGNITUDE`, that forbids the chosen entries, which are together over a slack.
+    """Return a row, with the limit `MAGNITUDE`, that forbids the chosen entries, which are together over a slack.
 
     Wherever every slot of a cover (slots whose chosen entries exceed the slack) holds an entry at least as dear as the
     chosen one, the slack is exceeded too; so at most all slots but one may (an extended cover inequality).
@@ -144,22 +144,36 @@ def _cover(problem: Problem, excesses: np.ndarray, slots: np.ndarray, chosen: np
     cost = int((totals - problem.slacks).argmax())
     threshold = excesses[cost, chosen][slots]
     members = (threshold > 0) & (excesses[cost] >= threshold)
-    return members * (_MAGNITUDE / max(len(set(slots[members])) - 1, 0.5))
+    return members * (MAGNITUDE / max(len(set(slots[members])) - 1, 0.5))
 
 
-def _milp(
-    objective: np.ndarray, constraints: list[optimize.LinearConstraint], time_limit: float | None, tolerance: float
+def milp(
+    objective: np.ndarray,
+    constraints: list[optimize.LinearConstraint],
+    time_limit: float | None,
+    tolerance: float = 0.0,
+    *,
+    integrality: np.ndarray | None = None,
+    presolve: bool = False,
 ) -> optimize.OptimizeResult:
-    """Minimise over binary variables, to a gap that is this share of the minimum.
+    """Minimise over variables from 0 to 1, to a gap that is this share of the minimum.
 
-    Without the solver's own preprocessing: :func:`core` has left little to do for it, and it takes half of the time.
+    Args:
+        objective: shape (N,).
+        constraints: on the variables.
+        time_limit: seconds, or None.
+        tolerance: share of the minimum.
+        integrality: which of the variables are whole numbers, shape (N,); None: all.
+        presolve: the solver's own preprocessing. After :func:`core` there is little to do for it, and it would take
+            half of the time.
     """
     from scipy import optimize
 
-    options = {"presolve": False, "mip_rel_gap": tolerance} | ({} if time_limit is None else {"time_limit": time_limit})
-    ones = np.ones_like(objective)
+    options = {"presolve": presolve, "mip_rel_gap": tolerance}
+    options |= {} if time_limit is None else {"time_limit": time_limit}
+    whole = np.ones_like(objective) if integrality is None else integrality
     with _silenced():
-        return optimize.milp(objective, integrality=ones, bounds=(0, 1), constraints=constraints, options=options)
+        return optimize.milp(objective, integrality=whole, bounds=(0, 1), constraints=constraints, options=options)
 
 
 @contextlib.contextmanager
