@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from emq_lib.allocation.exact import Allocation, relaxation
+from emq_lib.allocation.exact import Allocation, described, relaxation
 from emq_lib.allocation.knapsack import Knapsack, allowed_widths, checked_cost, rounding
 from emq_lib.core.checks import random_source, real_number, real_numbers, whole_number
 from emq_lib.core.costs import CostTable, choice_indices, gather
@@ -107,7 +107,7 @@ def allocate_locally(
     order = np.argsort(-_scored(score, configs), kind="stable")[:STARTS]
     ends = [_climb(score, configs[index], costs, budgets, choices) for index in order]
     best = max(ends, key=lambda end: end[1])
-    return _described(best[0], best[1], costs, choices)
+    return described(best[0], best[1], costs, choices)
 
 
 def allocate_rounded(
@@ -139,7 +139,7 @@ def allocate_rounded(
     if not len(configs):
         raise InfeasibleBudgetError(f"No rounding of the relaxed solution is within {dict(budgets)}. Raise a budget.")
     found = gather(scores, configs, choices)
-    return _described(configs[found.argmax()], float(found.max()), costs, choices)
+    return described(configs[found.argmax()], float(found.max()), costs, choices)
 
 
 def allocate_by_mutation(
@@ -185,7 +185,7 @@ def allocate_by_mutation(
     if not len(configs):
         raise InfeasibleBudgetError(f"No mutant of the root is within {dict(budgets)}. Take a smaller root.")
     found = _scored(score, configs)
-    return _described(configs[found.argmax()], float(found.max()), costs, choices)
+    return described(configs[found.argmax()], float(found.max()), costs, choices)
 
 
 def _checked(
@@ -266,8 +266,3 @@ def _climb(
         if found.max() <= value:
             return config, value
         config, value = around[found.argmax()], float(found.max())
-
-
-def _described(config: np.ndarray, value: float, costs: Mapping[str, CostTable], choices: Sequence[int]) -> Allocation:
-    totals = {name: float(cost.total([config], choices)[0]) for name, cost in costs.items()}
-    return Allocation(tuple(map(int, config)), value, totals, gap=np.inf, optimal=False)

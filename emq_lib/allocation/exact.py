@@ -315,6 +315,32 @@ def _conflict(problem: Problem, asked: Knapsack) -> str:
 
 def _allocation(selected: np.ndarray, asked: Knapsack, *, gap: float, optimal: bool) -> Allocation:
     """Describe one choice index per slot."""
-    bits = tuple(asked.choices[index] for index in selected)
-    totals = {name: float(cost.total([bits], asked.choices)[0]) for name, cost in asked.costs.items()}
-    return Allocation(bits, float(gather(asked.scores, [bits], asked.choices)[0]), totals, gap, optimal)
+    bits = [asked.choices[index] for index in selected]
+    score = float(gather(asked.scores, [bits], asked.choices)[0])
+    return described(bits, score, asked.costs, asked.choices, gap=gap, optimal=optimal)
+
+
+def described(
+    bits: Sequence[int],
+    score: float,
+    costs: Mapping[str, CostTable],
+    choices: Sequence[int],
+    *,
+    gap: float = np.inf,
+    optimal: bool = False,
+) -> Allocation:
+    """Return a configuration as an allocation, with the total of every cost.
+
+    Args:
+        bits: one width per slot, shape (S,).
+        score: what it scores.
+        costs: name -> cost table of shape (S, B).
+        choices: the B allowed widths.
+        gap: how much more another configuration may score; infinite where nothing is known.
+        optimal: whether the gap is proven to be zero.
+
+    Raises:
+        ConfigLengthError, InvalidBitsError, InvalidParameterError: see :meth:`CostTable.total`.
+    """
+    totals = {name: float(cost.total([bits], choices)[0]) for name, cost in costs.items()}
+    return Allocation(tuple(map(int, bits)), score, totals, gap, optimal)
